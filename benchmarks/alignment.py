@@ -39,20 +39,24 @@ ARMS = {
 T_QUANTILE = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
-def run_cell(root: Path, arm: str, seed: int, done: dict) -> dict:
-    """Train and test one cell."""
+def run_cell(root: Path, arm: str, changes: dict, seed: int, done: dict) -> dict:
+    """Train with `changes` to the demo's settings, and test."""
     made = demo.prepare(root / f"seed-{seed}", seed)
     if ("base", seed) not in done:
         done["base", seed] = keep(root, {"arm": "base", "seed": seed, **scores(made["model"], made)})
+    steps = changes.get("max_steps", demo.ALIGNMENT["max_steps"])
+    output = root / f"seed-{seed}" / arm.replace(" ", "_").replace(",", "")
+    history = demo.align(root / f"seed-{seed}", output, eval_steps=steps, seed=seed, **changes)
+    aligned = PeftModel.from_pretrained(made["model"], output).eval()
+    return keep(root, {"arm": arm, "seed": seed, "steps": steps, **scores(aligned, made), **metrics(history)})
+
+
+def changes_of(arm: str, seed: int, done: dict) -> dict:
     changes = dict(ARMS[arm])
     if arm == "naive_equal_time":
         seconds_per_step = done["naive", seed]["seconds"] / EQUAL_DRAWS
         changes["max_steps"] = round(done["vrpo", seed]["seconds"] / seconds_per_step)
-    steps = changes.get("max_steps", demo.ALIGNMENT["max_steps"])
-    output = root / f"seed-{seed}" / arm
-    history = demo.align(root / f"seed-{seed}", output, eval_steps=steps, seed=seed, **changes)
-    aligned = PeftModel.from_pretrained(made["model"], output).eval()
-    return keep(root, {"arm": arm, "seed": seed, "steps": steps, **scores(aligned, made), **metrics(history)})
+    return changes
 
 
 def scores(model, made) -> dict:
@@ -91,16 +95,16 @@ def mean_and_half_width(values: list[float]) -> str:
     return f"{statistics.mean(values):+.1f} ± {half:.1f}"
 
 
-def report(done: dict) -> None:
+def report(done: dict, arms=tuple(ARMS)) -> None:
     seeds = sorted({seed for arm, seed in done if arm == "base"})
     print("\nheld-out test problems with every step right, in percent; gains in points with 95% t-intervals")
-    print(f"{'arm':<18}" + "".join(f"{f'seed {seed}':>8}" for seed in seeds) + f"{'gain':>15}{'plain':>15}", end="")
+    print(f"{'arm':<20}" + "".join(f"{f'seed {seed}':>8}" for seed in seeds) + f"{'gain':>15}{'plain':>15}", end="")
     print(f"{'tricky':>15}{'reward acc.':>13}{'steps':>7}{'seconds':>9}")
-    for arm in ["base", *ARMS]:
+    for arm in ["base", *arms]:
         rows = {seed: done[arm, seed] for seed in seeds if (arm, seed) in done}
         if not rows:
             continue
-        line = f"{arm:<18}" + "".join(f"{rows[s]['right']:8.1f}" if s in rows else f"{'':>8}" for s in seeds)
+        line = f"{arm:<20}" + "".join(f"{rows[s]['right']:8.1f}" if s in rows else f"{'':>8}" for s in seeds)
         if arm != "base":
             for key in ("right", "plain", "tricky"):
                 gains = [row[key] - done["base", seed][key] for seed, row in rows.items()]
@@ -126,7 +130,8 @@ def main() -> None:
         for arm in sorted(arguments.arms, key=list(ARMS).index):
             done = read(arguments.output_dir)  # another process may be at work on it too
             if (arm, seed) not in done:
-                done[arm, seed] = run_cell(arguments.output_dir, arm, seed, done)
+                changes = changes_of(arm, seed, done)
+                done[arm, seed] = run_cell(arguments.output_dir, arm, changes, seed, done)
                 print(json.dumps(done[arm, seed]), flush=True)
     report(done)
 

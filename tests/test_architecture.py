@@ -12,6 +12,9 @@ import trl_diffusion
 ROOT = Path(trl_diffusion.__file__).parent
 FLOORS = {
     "_version": 0,
+    "hashing": 0,
+    "schemes": 0,
+    "control_variate": 0,
     "draws": 0,
     "estimators": 0,
     "gradients": 0,

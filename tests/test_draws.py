@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import subsets
 
-from trl_diffusion import MaskDraws, MaskSampler, draw_masks
+from trl_diffusion import ControlVariate, MaskDraws, MaskSampler, draw_masks
 from trl_diffusion.draws import DRAW_VERSION, SCHEMES
 
 ROWS = 20_000
@@ -22,28 +22,64 @@ ROUNDING = 1e-7  # of weights, which are float32
 
 def law_z_scores(draws: MaskDraws, expected, cap: float = float("inf")) -> list[float]:
     """z of the mean over rows against `expected(m)`, for every subset and token; weights above `cap` are left out."""
-    length = draws.masked.shape[-1]
+    num_rows, length = draws.masked.shape[1:]
     code = (draws.masked.long() << torch.arange(length)).sum(-1)  # (K, B)
+    weight = draws.weight.double()
+    weight = weight * (weight * draws.num_mc_samples <= cap)
+    per_row = torch.zeros(num_rows, 2**length, length, dtype=torch.float64)  # sum_k weight[k, i] 1{masked[k] = m}
+    for of_draw, weight_of_draw in zip(code, weight, strict=True):
+        per_row[torch.arange(num_rows), of_draw] += weight_of_draw
+    mean, standard_error = per_row.mean(0), per_row.std(0) / num_rows**0.5 + ROUNDING
     scores = []
     for m in subsets(length):
-        hit = code == sum(1 << i for i in m)
-        for i in m:
-            weight = draws.weight[..., i].double()
-            per_row = (weight * (hit & (weight * draws.num_mc_samples <= cap))).sum(0)
-            error = per_row.mean() - expected(m)
-            standard_error = per_row.std() / len(per_row) ** 0.5 + ROUNDING
-            scores.append((error / standard_error).item())
+        row = sum(1 << i for i in m)
+        scores += [((mean[row, i] - expected(m)) / standard_error[row, i]).item() for i in m]
     return scores
 
 
+def law_of_counts(length: int):
+    return lambda m: 1 / (len(m) * comb(length, len(m)))
+
+
 @pytest.mark.parametrize("length", range(1, 7))
-@pytest.mark.parametrize("num_mc_samples", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("num_mc_samples", [1, 2, 3, 5, 8, 16])
 @pytest.mark.parametrize("stratify", [False, True])
-def test_law_of_fixed_count(length, num_mc_samples, stratify):
+@pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
+def test_law_of_schemes_with_counts(scheme, length, num_mc_samples, stratify):
     maskable = torch.ones(ROWS, length, dtype=torch.bool)
-    draws = draw_masks(maskable, num_mc_samples, "fixed_count", stratify, seed=1)
-    z = law_z_scores(draws, lambda m: 1 / (len(m) * comb(length, len(m))))
+    z = law_z_scores(draw_masks(maskable, num_mc_samples, scheme, stratify, seed=1), law_of_counts(length))
     assert max(map(abs, z)) < LARGEST_Z
+
+
+@pytest.mark.parametrize("length", range(1, 7))
+@pytest.mark.parametrize("num_mc_samples", [2, 3, 5, 8, 16])
+@pytest.mark.parametrize("scheme, stratify", [("mirror", True), ("mirror", False), ("fixed_count", True)])
+@pytest.mark.parametrize("settings", [ControlVariate(), ControlVariate(kappa=1.0, bandwidth=0.1, ridge=0.05)], ids=str)
+def test_law_of_the_control_variate(settings, scheme, stratify, length, num_mc_samples):
+    maskable = torch.ones(ROWS, length, dtype=torch.bool)
+    draws = draw_masks(maskable, num_mc_samples, scheme, stratify, seed=4, control_variate=settings)
+    assert max(map(abs, law_z_scores(draws, law_of_counts(length)))) < LARGEST_Z
+
+
+@pytest.mark.parametrize("scheme, stratify", [("mirror", True), ("fixed_count", False)])
+@pytest.mark.parametrize("control_variate", [None, ControlVariate()])
+def test_law_of_coupled_pairs(scheme, stratify, control_variate):
+    """Each response of a coupled pair keeps the law: the chosen ones here, then the rejected ones, of equal prompts."""
+    length, rows = 4, 2 * ROWS
+    ids = torch.cat(
+        [
+            torch.arange(ROWS).repeat(2).unsqueeze(1),
+            torch.tensor([[7, 8, 9, 7], [7, 8, 3, 7]]).repeat_interleave(ROWS, 0),
+        ],
+        1,
+    )
+    maskable = (torch.arange(1 + length) > 0).expand(rows, -1)
+    draws = draw_masks(
+        maskable, 5, scheme, stratify, seed=5, rows=ids, control_variate=control_variate, couple_pairs=True
+    )
+    for part in (slice(0, ROWS), slice(ROWS, rows)):
+        part = MaskDraws(draws.masked[:, part, 1:], draws.weight[:, part, 1:])
+        assert max(map(abs, law_z_scores(part, law_of_counts(length)))) < LARGEST_Z
 
 
 @pytest.mark.parametrize("length", range(1, 7))
@@ -76,7 +112,7 @@ def test_truncated_bernoulli_law_tends_to_the_law():
 @pytest.mark.parametrize("length, num_mc_samples", [(5, 8), (8, 8), (12, 8), (52, 8), (3, 16)])
 def test_stratified_counts_are_spread_and_uniform(length, num_mc_samples):
     maskable = torch.ones(ROWS, length, dtype=torch.bool)
-    counts = draw_masks(maskable, num_mc_samples, stratify=True, seed=3).masked.sum(-1)  # (K, B)
+    counts = draw_masks(maskable, num_mc_samples, stratify=True, seed=3).masked.sum(-1).sort(0).values  # (K, B)
     lowest = torch.arange(num_mc_samples) * length // num_mc_samples + 1
     highest = -(-(torch.arange(num_mc_samples) + 1) * length // num_mc_samples)
     assert bool((counts >= lowest.unsqueeze(1)).all() and (counts <= highest.unsqueeze(1)).all())
@@ -87,11 +123,91 @@ def test_stratified_counts_are_spread_and_uniform(length, num_mc_samples):
     assert bool(((frequency - 1 / length).abs() < LARGEST_Z * standard_error).all())
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_mc_samples", [4, 5])
+def test_mirror_pairs(length, num_mc_samples):
+    """Two masks of a pair share one token and hide all of them together; an odd draw stands alone."""
+    maskable = torch.ones(500, length, dtype=torch.bool)
+    masked = draw_masks(maskable, num_mc_samples, "mirror", seed=6).masked
+    assert masked.shape[0] == num_mc_samples
+    for first, second in zip(masked[:-1:2], masked[1::2], strict=False):
+        assert bool((first | second).all())
+        assert bool(((first & second).sum(-1) == 1).all())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("num_mc_samples", [1, 2, 3, 8])
+def test_control_variate_is_the_formula(scheme, num_mc_samples):
+    """Collected weights give what the formula gives as it is written, and so do the estimates of single draws."""
+    settings = ControlVariate(kappa=0.7, bandwidth=0.3, ridge=0.4)
+    lengths = (1, 4, 7)
+    maskable = torch.stack([torch.arange(7) < length for length in lengths])
+    draws = draw_masks(maskable, num_mc_samples, scheme, seed=8, control_variate=settings)
+    f = torch.randn(draws.masked.shape, generator=torch.Generator().manual_seed(0)).double() * draws.masked
+    samples = draws.samples(f)
+    for b, length in enumerate(lengths):
+        expected = [
+            control_variate_by_hand(draws, f, settings, SCHEMES[scheme].draws_per_unit, b, k, length)
+            for k in range(num_mc_samples)
+        ]
+        torch.testing.assert_close(samples[:, b], torch.stack(expected))
+    torch.testing.assert_close((draws.weight * f).sum((0, 2)), samples.mean(0), rtol=1e-5, atol=1e-5)
+    plain = draw_masks(maskable, num_mc_samples, scheme, seed=8)
+    assert torch.equal(plain.masked, draws.masked)
+    if num_mc_samples <= SCHEMES[scheme].draws_per_unit:  # no other unit to learn from
+        torch.testing.assert_close(draws.weight, plain.weight)
+
+
+def control_variate_by_hand(draws, f, settings, draws_per_unit, b, k, length):
+    """One draw's estimate, token by token."""
+    inclusion = draws.control.inclusion[:, b]
+    others = [j for j in range(len(inclusion)) if j // draws_per_unit != k // draws_per_unit]
+    near = {j: torch.exp(-((inclusion[k] - inclusion[j]) ** 2) / (2 * settings.bandwidth**2)) for j in others}
+    seen = [(near[j], f[j, b, i]) for j in others for i in range(length) if draws.masked[j, b, i]]
+    mean = sum(g * x for g, x in seen) / sum(g for g, _ in seen) if seen else torch.tensor(0.0).double()
+    estimate = f[k, b].sum()
+    for i in range(length):
+        witnesses = [(near[j], f[j, b, i]) for j in others if draws.masked[j, b, i]]
+        guess = sum(g * x for g, x in witnesses) + settings.ridge * mean
+        guess = guess / (sum(g for g, _ in witnesses) + settings.ridge)
+        estimate = estimate - settings.kappa * (draws.masked[k, b, i].double() - inclusion[k]) * guess
+    return estimate / inclusion[k]
+
+
+def test_coupled_responses_share_levels_and_the_fate_of_equal_tokens():
+    prompt = torch.arange(300).unsqueeze(1)
+    chosen = torch.cat([prompt, torch.tensor([[5, 6, 7, 8, 9, 5]]).expand(300, -1)], 1)
+    rejected = chosen.clone()
+    rejected[:, 3] = 4
+    ids, maskable = torch.cat([chosen, rejected]), (torch.arange(7) > 0).expand(600, -1)
+    draws = draw_masks(maskable, 4, "bernoulli", rows=ids, couple_pairs=True)
+    first, second = draws.masked.chunk(2, dim=1)
+    same = torch.arange(7) != 3
+    assert torch.equal(first[..., same], second[..., same])
+    differ = (first[..., 3] != second[..., 3]).double().mean()
+    assert abs(differ - 1 / 3) < 5 * 0.5 / 300**0.5  # E[2 t (1 - t)]
+    apart = draw_masks(maskable, 4, "bernoulli", rows=ids)
+    first, second = apart.masked.chunk(2, dim=1)
+    assert abs((first[..., 1] != second[..., 1]).double().mean() - 1 / 2) < 5 * 0.5 / 300**0.5
+    with pytest.raises(ValueError, match=r"`couple_pairs=True` compares the content of rows: pass `rows`"):
+        draw_masks(maskable, couple_pairs=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"kappa": 1.5}, {"kappa": -0.1}, {"bandwidth": 0.0}, {"ridge": 0.0}, {"ridge": float("nan")}], ids=str
+)
+def test_control_variate_refuses(settings):
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*, got {value}"):
+        ControlVariate(**settings)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("stratify", [False, True])
-def test_draws_are_a_function_of_the_row(scheme, stratify):
+@pytest.mark.parametrize("more", [{}, {"control_variate": ControlVariate()}, {"couple_pairs": True}], ids=str)
+def test_draws_are_a_function_of_the_row(scheme, stratify, more):
     """Neither padding on either side nor batch mates nor their order change a row's draws."""
-    sampler = MaskSampler(4, scheme, stratify, seed=7)
+    sampler = MaskSampler(4, scheme, stratify, seed=7, **more)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(5, 50, (n,), generator=generator) for n in (3, 7, 12, 7)]
     alone = []
@@ -142,19 +258,19 @@ def test_chosen_and_rejected_draws_are_uncorrelated():
     assert abs(between_draws) < 4 / 4000**0.5
 
 
-def test_draws_of_version_1():
+def test_draws_of_version_2():
     """
-    These very masks belong to DRAW_VERSION 1. Stored reference values are keyed by the version: if this test fails,
+    These very masks belong to DRAW_VERSION 2. Stored reference values are keyed by the version: if this test fails,
     raise the version and write the new masks here.
     """
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     maskable = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]]).bool()
     draws = draw_masks(maskable, 4, "fixed_count", True, seed=42, rows=ids, nonce=3)
     packed = (draws.masked[:, 0].long() << torch.arange(8)).sum(-1).tolist()
-    assert (DRAW_VERSION, packed) == (1, PACKED_VERSION_1)
+    assert (DRAW_VERSION, packed) == (2, PACKED_VERSION_2)
 
 
-PACKED_VERSION_1 = [64, 40, 172, 244]
+PACKED_VERSION_2 = [64, 104, 172, 252]
 
 
 @pytest.mark.parametrize(

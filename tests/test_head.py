@@ -48,7 +48,7 @@ def test_equals_the_plain_definition(variant, draws_per_forward):
     draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1)
     plain = elbo(model, batch["input_ids"], maskable, batch["attention_mask"], draws=draws)
     torch.testing.assert_close(output.log_probs, plain.terms[:, 1:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(output.samples, plain.samples, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.elbo.samples, plain.samples, rtol=1e-5, atol=1e-5)
     assert output.mask_ratio.item() == pytest.approx(draws.masked.sum().item() / maskable.sum().item() / 5)
 
     weights = torch.tensor([1.0, -2.0, 0.5])
@@ -111,7 +111,7 @@ def test_a_copy_runs_its_own_weights(model):
     inputs = {"input_ids": batch["input_ids"]}
     assert torch.equal(twin(**inputs).logits, make_model(seed=5)(**inputs).logits)
     assert torch.equal(
-        twin(**batch, fused_lm_head=True, draw_nonce=1).samples, scored(make_model(seed=5), batch).samples
+        twin(**batch, fused_lm_head=True, draw_nonce=1).elbo.samples, scored(make_model(seed=5), batch).elbo.samples
     )
 
 

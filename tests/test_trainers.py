@@ -318,8 +318,9 @@ def test_metrics(tmp_path):
         for model in (make_model(seed=1), make_model(seed=2))
     )
     chosen, rejected = (0.2 * (policy - reference)).chunk(2, dim=1)
-    variance = (chosen.var(0) + rejected.var(0)) / 3
-    score = (chosen - rejected).mean(0)
+    first, second, single = chosen - rejected  # a mirror pair and a draw of its own
+    score = (first + second + single) / 3
+    variance = ((first + second - 2 * score) ** 2 + (single - score) ** 2) / 9 * 2
     assert logged["elbo/score_variance"] == pytest.approx(variance.mean().item(), rel=1e-4)
     assert logged["elbo/score_standard_error"] == pytest.approx(variance.sqrt().mean().item(), rel=1e-4)
     assert logged["elbo/saturation"] == pytest.approx(
@@ -329,9 +330,19 @@ def test_metrics(tmp_path):
     assert logged["rewards/margins"] == pytest.approx(score.mean().item(), rel=1e-4)
 
 
-def test_score_variance_is_the_variance_of_the_score(tmp_path):
+@pytest.mark.parametrize("scheme, couple_pairs", [("fixed_count", False), ("mirror", True)])
+def test_score_variance_is_the_variance_of_the_score(tmp_path, scheme, couple_pairs):
     """Over many nonces, the logged variance agrees with the spread of the margin itself."""
-    trainer = make_trainer(tmp_path, make_model(seed=1), ref_model=make_model(seed=2), num_mc_samples=4, stratify=False)
+    trainer = make_trainer(
+        tmp_path,
+        make_model(seed=1),
+        ref_model=make_model(seed=2),
+        num_mc_samples=4,
+        stratify=False,
+        mask_scheme=scheme,
+        control_variate="none",
+        couple_pairs=couple_pairs,
+    )
     inputs, margins = batch_of(trainer, [3]), []
     trainer.model.train()
     with torch.no_grad():

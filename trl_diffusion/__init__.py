@@ -14,12 +14,14 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .configs import DiffusionVRPOConfig, ELBOKTOConfig
+    from .control_variate import ControlVariate
     from .draws import MaskDraws, MaskSampler, draw_masks
     from .estimators import ELBO, elbo
     from .models import LLaDAConfig, LLaDAModelLM
     from .trainers import DiffusionVRPOTrainer, ELBOKTOTrainer
 
 _HOMES = {
+    "ControlVariate": "control_variate",
     "DiffusionVRPOConfig": "configs",
     "DiffusionVRPOTrainer": "trainers",
     "ELBO": "estimators",
@@ -35,6 +37,7 @@ _HOMES = {
 
 __all__ = [
     "ELBO",
+    "ControlVariate",
     "DiffusionVRPOConfig",
     "DiffusionVRPOTrainer",
     "ELBOKTOConfig",

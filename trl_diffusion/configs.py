@@ -25,13 +25,20 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
 
         num_mc_samples (`int`, *optional*, defaults to `8`):
             Number of mask draws per response in one estimate of its ELBO. Cost grows linearly with it.
-        mask_scheme (`str`, *optional*, defaults to `"fixed_count"`):
-            How a draw masks a response: `"fixed_count"` masks a uniformly drawn number of tokens (VRPO eq. 14),
-            `"bernoulli"` masks each token with a uniformly drawn probability (eq. 12). Both are unbiased;
-            `"fixed_count"` has less variance.
+        mask_scheme (`str`, *optional*, defaults to `"mirror"`):
+            How a response is masked: `"mirror"` makes pairs of draws, the second of which masks what the first shows;
+            `"fixed_count"` masks a uniformly drawn number of tokens (VRPO eq. 14); `"bernoulli"` masks each token with
+            a uniformly drawn probability (eq. 12). All are unbiased, in the order of their variance.
         stratify (`bool`, *optional*, defaults to `True`):
             Whether the mask levels of a response's draws are spread evenly over their range instead of drawn
             independently. Unbiased, less variance, no cost.
+        control_variate (`str`, *optional*, defaults to `"leave_one_out"`):
+            What is done about the noise from which tokens happen to be masked. `"leave_one_out"`: what the other draws
+            say of the masked tokens is taken off, and its mean put back; unbiased, no cost. `"adaptive"`: the same,
+            and how much is taken off is learnt from past steps. `"none"`: nothing.
+        couple_pairs (`bool`, *optional*, defaults to `False`):
+            Whether responses to one prompt share their mask levels, and equal tokens at equal places their fate: the
+            noise that the two share leaves their difference. Unbiased, no cost.
         share_draws (`bool`, *optional*, defaults to `True`):
             Whether the policy and the reference are scored on the same masks (the "antithetic sampling" of VRPO).
             Turning it off is for ablations.
@@ -129,12 +136,20 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
 
         num_mc_samples (`int`, *optional*, defaults to `8`):
             Number of mask draws per response in one estimate of its ELBO. Cost grows linearly with it.
-        mask_scheme (`str`, *optional*, defaults to `"fixed_count"`):
-            How a draw masks a response: `"fixed_count"` masks a uniformly drawn number of tokens, `"bernoulli"` masks
-            each token with a uniformly drawn probability. Both are unbiased; `"fixed_count"` has less variance.
+        mask_scheme (`str`, *optional*, defaults to `"mirror"`):
+            How a response is masked: `"mirror"` makes pairs of draws, the second of which masks what the first shows;
+            `"fixed_count"` masks a uniformly drawn number of tokens; `"bernoulli"` masks each token with a
+            uniformly drawn probability. All are unbiased, in the order of their variance.
         stratify (`bool`, *optional*, defaults to `True`):
             Whether the mask levels of a response's draws are spread evenly over their range instead of drawn
             independently. Unbiased, less variance, no cost.
+        control_variate (`str`, *optional*, defaults to `"leave_one_out"`):
+            What is done about the noise from which tokens happen to be masked. `"leave_one_out"`: what the other draws
+            say of the masked tokens is taken off, and its mean put back; unbiased, no cost. `"adaptive"`: the same,
+            and how much is taken off is learnt from past steps. `"none"`: nothing.
+        couple_pairs (`bool`, *optional*, defaults to `False`):
+            Whether responses to one prompt share their mask levels, and equal tokens at equal places their fate: the
+            noise that the two share leaves their difference. Unbiased, no cost.
         share_draws (`bool`, *optional*, defaults to `True`):
             Whether the policy and the reference are scored on the same masks. Turning it off is for ablations.
         draw_seed (`int`, *optional*):

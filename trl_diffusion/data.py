@@ -138,3 +138,13 @@ def _explain(counts: Counter) -> str:
 
 def _description(dataset, text):
     return {"desc": text} if isinstance(dataset, Dataset) else {}
+
+
+def refuse_columns(dataset: Any, refused: tuple[str, ...], name: str) -> None:
+    """Refuse reference scores that came with the data."""
+    columns = [column for column in dataset.column_names or () if column in refused]
+    if columns:
+        raise ValueError(
+            f"The {name} dataset has columns {columns}. Reference scores are valid only for the draws they were "
+            "computed on: remove the columns, and set `precompute_ref_log_probs=True` to have them computed here."
+        )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .estimators import ELBO, variance_of_mean
 from .head import ELBOHeadOutput
 
 
@@ -45,13 +46,13 @@ class ScoreDiagnostics:
         """
         Diagnostics per pair of a batch [chosen, rejected], see [`ScoreDiagnostics.of_rows`].
 
-        The score is s = beta * [(B_w - B_w,ref) - (B_l - B_l,ref)], and the draws of w and l are independent.
+        The score is s = beta * [(B_w - B_w,ref) - (B_l - B_l,ref)].
         """
         metrics = _mask_ratio(outputs)
         if len(outputs) == 2:
-            chosen, rejected = self._score_samples(outputs).chunk(2, dim=1)  # (K, pairs)
-            metrics["elbo/saturation"] = saturation((chosen - rejected).mean(0))
-            metrics |= _spread(chosen, rejected)
+            scores = _difference_of_halves(self._scores(outputs, "samples"))
+            metrics["elbo/saturation"] = saturation(scores.mean(0))
+            metrics |= _spread(scores, _elbo(outputs).draws_per_unit)
         return metrics
 
     def of_rows(self, outputs: list[ELBOHeadOutput]) -> dict[str, torch.Tensor]:
@@ -64,17 +65,35 @@ class ScoreDiagnostics:
 
         Returns:
             Tensors `(rows,)`, or `()` for the mask ratio: `elbo/score_variance`, of the mean over draws, and
-            `elbo/score_standard_error`, its root. With one draw neither is there.
+            `elbo/score_standard_error`, its root. With one draw, or one mirror pair, neither is there.
         """
         metrics = _mask_ratio(outputs)
         if len(outputs) == 2:
-            metrics |= _spread(self._score_samples(outputs))
+            metrics |= _spread(self._scores(outputs, "samples"), _elbo(outputs).draws_per_unit)
         return metrics
 
-    def _score_samples(self, outputs: list[ELBOHeadOutput]) -> torch.Tensor:
-        first, second = (output.samples for output in outputs)
-        assert first is not None and second is not None
-        return self.beta * (first - second)  # (K, B)
+    def kappa_moments(self, outputs: list[ELBOHeadOutput], pairs: bool) -> torch.Tensor:
+        """
+        Sums over a batch that a kappa is learnt from, see [`RunningKappa`].
+
+        Args:
+            outputs: of the policy and of the reference, in any order.
+            pairs: whether the batch is [chosen, rejected], whose difference is the score.
+
+        Returns:
+            `(3,)` float64: of b h, of h^2, and the number of estimates.
+        """
+        control = self._scores(outputs, "control")
+        plain = self._scores(outputs, "samples") + _elbo(outputs).kappa * control
+        if pairs:
+            plain, control = _difference_of_halves(plain), _difference_of_halves(control)
+        b, h = plain.mean(0).double(), control.mean(0).double()
+        return torch.stack([(b * h).sum(), h.square().sum(), h.new_tensor(len(h))])
+
+    def _scores(self, outputs: list[ELBOHeadOutput], part: str) -> torch.Tensor:
+        """`(K, B)`: beta times the difference of the two outputs' `samples` or `control`."""
+        first, second = (getattr(output.elbo, part) for output in outputs)
+        return self.beta * (first - second)
 
 
 def saturation(score: torch.Tensor) -> torch.Tensor:
@@ -86,10 +105,21 @@ def _mask_ratio(outputs: list[ELBOHeadOutput]) -> dict[str, torch.Tensor]:
     return {"elbo/mask_ratio": torch.stack([o.mask_ratio for o in outputs if o.mask_ratio is not None]).mean()}
 
 
-def _spread(*samples: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Variance and standard error of a sum of means over draws; the K of each are independent of the others'."""
-    num_mc_samples = samples[0].shape[0]
-    if num_mc_samples == 1:
+def _difference_of_halves(samples: torch.Tensor) -> torch.Tensor:
+    """`(K, pairs)` chosen minus rejected, draw by draw: what noise the two share is not in it."""
+    chosen, rejected = samples.chunk(2, dim=1)
+    return chosen - rejected
+
+
+def _elbo(outputs: list[ELBOHeadOutput]) -> ELBO:
+    elbo = outputs[0].elbo
+    assert elbo is not None
+    return elbo
+
+
+def _spread(samples: torch.Tensor, draws_per_unit: int) -> dict[str, torch.Tensor]:
+    """Variance and standard error of the mean of `samples` `(K, rows)` over draws; nothing for a single unit."""
+    if samples.shape[0] <= draws_per_unit:
         return {}
-    variance = torch.stack([sample.var(0) for sample in samples]).sum(0) / num_mc_samples
+    variance = variance_of_mean(samples, draws_per_unit)
     return {"elbo/score_variance": variance, "elbo/score_standard_error": variance.sqrt()}

@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from .draws import SCHEMES, MaskSampler
+from .control_variate import ControlVariate
+from .draws import MaskSampler
 from .gradients import GRADIENT_MODES
+from .schemes import SCHEMES
+
+CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
 
 
 @dataclass
@@ -18,11 +22,11 @@ class ELBOArguments:
         },
     )
     mask_scheme: str = field(
-        default="fixed_count",
+        default="mirror",
         metadata={
-            "help": "How a draw masks a response: `'fixed_count'` masks a uniformly drawn number of tokens, "
-            "`'bernoulli'` masks each token with a uniformly drawn probability. Both are unbiased; `'fixed_count'` has "
-            "less variance.",
+            "help": "How a response is masked: `'mirror'` makes pairs of draws, the second of which masks what the "
+            "first shows; `'fixed_count'` masks a uniformly drawn number of tokens; `'bernoulli'` masks each token "
+            "with a uniformly drawn probability. All are unbiased, in the order of their variance.",
             "choices": sorted(SCHEMES),
         },
     )
@@ -31,6 +35,22 @@ class ELBOArguments:
         metadata={
             "help": "Whether the mask levels of a response's draws are spread evenly over their range instead of drawn "
             "independently. Unbiased, less variance, no cost."
+        },
+    )
+    control_variate: str = field(
+        default="leave_one_out",
+        metadata={
+            "help": "What is done about the noise from which tokens happen to be masked. `'leave_one_out'`: what the "
+            "other draws say of the masked tokens is taken off, and its mean put back; unbiased, no cost. "
+            "`'adaptive'`: the same, and how much is taken off is learnt from past steps. `'none'`: nothing.",
+            "choices": list(CONTROL_VARIATES),
+        },
+    )
+    couple_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether responses to one prompt share their mask levels, and equal tokens at equal places their "
+            "fate: the noise that the two share leaves their difference. Unbiased, no cost."
         },
     )
     share_draws: bool = field(
@@ -90,6 +110,7 @@ class ELBOArguments:
             raise ValueError(f"`num_mc_samples` must be at least 1, got {self.num_mc_samples}. The default is 8.")
         if self.mask_scheme not in SCHEMES:
             raise ValueError(f"`mask_scheme` must be one of {sorted(SCHEMES)}, got {self.mask_scheme!r}.")
+        self._check_control_variate()
         if self.draws_per_forward is not None and self.draws_per_forward < 1:
             raise ValueError(f"`draws_per_forward` must be at least 1, got {self.draws_per_forward}.")
         if self.elbo_gradient not in GRADIENT_MODES:
@@ -102,10 +123,45 @@ class ELBOArguments:
         if self.adapter_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"`adapter_dtype` must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}.")
 
+    def _check_control_variate(self) -> None:
+        if self.control_variate not in CONTROL_VARIATES:
+            raise ValueError(
+                f"`control_variate` must be one of {list(CONTROL_VARIATES)}, got {self.control_variate!r}."
+            )
+        if self.control_variate != "adaptive":
+            return
+        if getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "`control_variate='adaptive'` changes the weights of draws from step to step, and what "
+                "`precompute_ref_log_probs=True` stores is valid for one set of weights. Set "
+                "`control_variate='leave_one_out'`, or leave the reference to be scored in each step."
+            )
+        if not self.share_draws:
+            raise ValueError(
+                "`control_variate='adaptive'` compares the policy with the reference draw by draw, which "
+                "`share_draws=False` does not allow. Set `control_variate='leave_one_out'`."
+            )
+
     def mask_sampler(self) -> MaskSampler:
         """The sampler that these arguments describe."""
         seed = self.seed if self.draw_seed is None else self.draw_seed  # type: ignore[attr-defined]
-        return MaskSampler(self.num_mc_samples, self.mask_scheme, self.stratify, seed)
+        return MaskSampler(
+            num_mc_samples=self.num_mc_samples,
+            scheme=self.mask_scheme,
+            stratify=self.stratify,
+            seed=seed,
+            control_variate=None if self.control_variate == "none" else ControlVariate(),
+            couple_pairs=self.couple_pairs,
+        )
+
+    def describe_estimator(self) -> str:
+        """One line for the model card."""
+        return (
+            f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
+            f"{', stratified' if self.stratify else ''}, control variate `{self.control_variate}`"
+            f"{', pairs coupled' if self.couple_pairs else ''}, {'shared' if self.share_draws else 'not shared'} "
+            "between the policy and the reference"
+        )
 
     def gradient_mode(self) -> str:
         """What is asked of the head; the immediate gradient cannot be had where the loss is scaled (`fp16`)."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from accelerate.logging import get_logger
@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ._trl import is_conversational, seam, seam_function
 from .adapters import adapter_precision, cast_adapters, fitting_get_peft_model, keep_differentiable
-from .data import append_eos, drop_unusable_rows, ending_token_ids
+from .data import append_eos, drop_unusable_rows, ending_token_ids, refuse_columns
 from .diagnostics import ScoreDiagnostics
-from .elbo_arguments import ELBOArguments
-from .head import FIXED_NONCE, ELBOHead, add_elbo_head, has_elbo_head
+from .draws import MaskDraws
+from .head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head, has_elbo_head
 from .model_card import write_model_card
 from .models.families import FAMILIES, check_denoiser, family_of, resolve_mask_token_id, use_training_template
+from .running_means import RunningKappaCallback
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from ._trl import DPOTrainer as _TRLTrainer
@@ -35,6 +36,7 @@ else:
     _TRLTrainer = object
 
 logger = get_logger(__name__)
+Callback = TypeVar("Callback")
 
 # Added to the step for the policy's own draws when draws are not shared with the reference
 _UNSHARED = 1 << 40
@@ -99,6 +101,8 @@ class ELBOTrainerMixin(_TRLTrainer):
                 peft_config=peft_config,
             )
         cast_adapters(self.model, args.adapter_dtype)
+        if args.control_variate == "adaptive":
+            self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
         for scored in (self.model, self.ref_model):
             if scored is not None:
                 _require_elbo_head(self.accelerator.unwrap_model(scored))
@@ -153,7 +157,7 @@ class ELBOTrainerMixin(_TRLTrainer):
             )
         check_denoiser(model, mask_token_id)  # the reference may have come from elsewhere
         head = ELBOHead(
-            sampler=self._sampler,
+            sampler=self._draw,
             mask_token_id=mask_token_id,
             draws_per_forward=self.args.draws_per_forward,
             elbo_gradient=self.args.gradient_mode(),
@@ -164,7 +168,7 @@ class ELBOTrainerMixin(_TRLTrainer):
     # Data
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        _refuse_columns(dataset, self._reference_columns, dataset_name)
+        refuse_columns(dataset, self._reference_columns, dataset_name)
         tokenizer = self._tokenizer
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -218,6 +222,23 @@ class ELBOTrainerMixin(_TRLTrainer):
         reference = FIXED_NONCE if self.precompute_ref_logps else step
         return (reference if self.args.share_draws else step + _UNSHARED), reference
 
+    def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
+        """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
+        callback = self._callback(RunningKappaCallback)
+        kappa = callback.kappa.value if callback and nonce != FIXED_NONCE else None
+        return self._sampler(maskable, rows, attention_mask, nonce, kappa)
+
+    def _learn_kappa(self, outputs: list[ELBOHeadOutput], pairs: bool) -> None:
+        callback = self._callback(RunningKappaCallback)
+        if callback and self.model.training:
+            moments = self.accelerator.reduce(self._diagnostics.kappa_moments(outputs, pairs), reduction="sum")
+            callback.kappa.observe(*moments.tolist())
+
+    def _callback(self, kind: type[Callback]) -> Callback | None:
+        """The callback of a kind that keeps a running state; a resumed run has made a new one."""
+        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+        return found[0] if found else None
+
     @contextmanager
     def _with_reference(self, inputs: dict[str, Any], nonce: int) -> Iterator[dict[str, Any]]:
         """Score the reference on the draws of `nonce`, and let TRL read the result as if it had been precomputed."""
@@ -259,7 +280,7 @@ class ELBOTrainerMixin(_TRLTrainer):
             base_model=base_model if base_model and not Path(base_model).is_dir() else None,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            estimator=_describe(self.args),
+            estimator=self.args.describe_estimator(),
             trainer_name=self._name,
             paper=self._paper,
         )
@@ -279,20 +300,3 @@ def _require_elbo_head(model: Any) -> None:
             f"`{type(base).__name__}` was not given its ELBO head by trl {version('trl')}, and would be scored as a "
             "causal model. The seam described in trl_diffusion/_trl.py has moved: install a supported version of trl."
         )
-
-
-def _refuse_columns(dataset: Any, refused: tuple[str, ...], name: str) -> None:
-    columns = [column for column in dataset.column_names or () if column in refused]
-    if columns:
-        raise ValueError(
-            f"The {name} dataset has columns {columns}. Reference scores are valid only for the draws they were "
-            "computed on: remove the columns, and set `precompute_ref_log_probs=True` to have them computed here."
-        )
-
-
-def _describe(args: ELBOArguments) -> str:
-    return (
-        f"{args.num_mc_samples} draws per response, scheme `{args.mask_scheme}`"
-        f"{', stratified' if args.stratify else ''}, {'shared' if args.share_draws else 'not shared'} between the "
-        "policy and the reference"
-    )

@@ -27,10 +27,16 @@ class ELBO:
     Args:
         terms: `(B, L)` nats, what each token contributes; zero outside the response.
         samples: `(K, B)` nats, the estimate of each draw alone; their mean over K is `value`.
+        draws_per_unit: that many draws in a row depend on each other, see [`MaskDraws`].
+        control: `(K, B)` nats, what the control variate's kappa was multiplied with in `samples`; none without one.
+        kappa: that kappa.
     """
 
     terms: torch.Tensor
     samples: torch.Tensor
+    draws_per_unit: int = 1
+    control: torch.Tensor | None = None
+    kappa: float = 0.0
 
     @property
     def value(self) -> torch.Tensor:
@@ -39,11 +45,24 @@ class ELBO:
 
     @property
     def standard_error(self) -> torch.Tensor:
-        """`(B,)` nats, of `value` over draws. Too large when levels are stratified; NaN for a single draw."""
-        num_mc_samples = self.samples.shape[0]
-        if num_mc_samples == 1:
-            return torch.full_like(self.samples[0], torch.nan)
-        return self.samples.std(0) / num_mc_samples**0.5
+        """`(B,)` nats, of `value` over units of draws. Too large when levels are stratified; NaN for a single unit."""
+        return variance_of_mean(self.samples, self.draws_per_unit).sqrt()
+
+
+def variance_of_mean(samples: torch.Tensor, draws_per_unit: int = 1) -> torch.Tensor:
+    """
+    Estimated variance of the mean of `samples` `(K, B)` over K, from the spread of units of draws.
+
+    With the residuals summed in each of U units, U / (U - 1) times the sum of their squares over K^2: the
+    cluster-robust variance, and the usual one where each draw is a unit. NaN for a single unit.
+    """
+    num_mc_samples = samples.shape[0]
+    unit = torch.arange(num_mc_samples, device=samples.device) // draws_per_unit
+    units = int(unit[-1]) + 1
+    if units == 1:
+        return torch.full_like(samples[0], torch.nan)
+    residuals = samples.new_zeros(units, samples.shape[1]).index_add(0, unit, samples - samples.mean(0))
+    return residuals.square().sum(0) / num_mc_samples**2 * units / (units - 1)
 
 
 def elbo(
@@ -104,8 +123,9 @@ def weigh(log_probs: torch.Tensor, draws: MaskDraws) -> ELBO:
     """
     log_probs = log_probs.masked_fill(~draws.masked, 0.0)
     _refuse_non_finite(log_probs)
-    weighted = log_probs * draws.weight
-    return ELBO(terms=weighted.sum(0), samples=weighted.detach().sum(-1) * draws.num_mc_samples)
+    samples, control = draws.samples(log_probs.detach())
+    kappa = draws.control.settings.kappa if draws.control else 0.0
+    return ELBO((log_probs * draws.weight).sum(0), samples, draws.draws_per_unit, control, kappa)
 
 
 def _token_log_probs(model, noised_input_ids, targets, attention_mask):

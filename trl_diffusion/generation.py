@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .draws import hash_rows
+from .hashing import hash_rows
 
 _REMASKING = ("low_confidence", "random")
 _DEFAULT_MAX_NEW_TOKENS = 128

@@ -13,7 +13,7 @@ All K forwards happen inside one call of the wrapped model, so DDP and FSDP see 
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ._trl import ChunkedLogProbFunction, FusedCausalLMOutput, maybe_gather_lm_head_ctx
-from .draws import MaskSampler
+from .draws import MaskDraws
 from .estimators import ELBO, noise_inputs, weigh
 from .gradients import (
     carry_gradients,
@@ -44,11 +44,11 @@ class ELBOHeadOutput(FusedCausalLMOutput):
     What TRL reads (`log_probs`: `(B, L - 1)` ELBO terms, the first column dropped) and what the diagnostics read.
 
     Args:
-        samples: `(K, B)` nats, the ELBO of each draw alone, detached.
+        elbo: the estimate, detached.
         mask_ratio: share of maskable tokens that were masked.
     """
 
-    samples: torch.Tensor | None = None
+    elbo: ELBO | None = None
     mask_ratio: torch.Tensor | None = None
 
 
@@ -58,7 +58,7 @@ class ELBOHead:
     Scores responses by their ELBO.
 
     Args:
-        sampler: where the draws come from.
+        sampler: where the draws come from: a [`MaskSampler`], or what is called like one.
         mask_token_id: the mask token.
         draws_per_forward: draws of one response that run together as the rows of one forward. By default as many as
             fit in a budget of tokens.
@@ -66,7 +66,7 @@ class ELBOHead:
         observer: called with the output of every request, for diagnostics.
     """
 
-    sampler: MaskSampler
+    sampler: Callable[..., MaskDraws]
     mask_token_id: int
     draws_per_forward: int | None = None
     elbo_gradient: str = "auto"
@@ -120,7 +120,7 @@ class ELBOHead:
         )
         elbo = weigh(_place(scored, real), draws)
         first = maskable.int().argmax(1)
-        return ELBO(carry_gradients(elbo.terms, first, gradients, parameters), elbo.samples)
+        return replace(elbo, terms=carry_gradients(elbo.terms, first, gradients, parameters))
 
     def _response(self, model, ids, real, masked, weight):
         """How one response of exact length T is scored: a function of masks `(k, T)`; masks and weights by chunk."""
@@ -198,6 +198,6 @@ def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
         mean_logits=unused,
         is_top1=unused.bool(),
         label_mask=unused.bool(),
-        samples=elbo.samples,
+        elbo=replace(elbo, terms=elbo.terms.detach()),
         mask_ratio=mask_ratio,
     )

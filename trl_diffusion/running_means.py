@@ -1,4 +1,4 @@
-"""Running means of a baseline as part of a checkpoint: they travel in `trainer_state.json`."""
+"""Running means over past steps as part of a checkpoint: they travel in `trainer_state.json`."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .baselines import RunningMeans
+from .control_variate import RunningKappa
 
 
 class RunningMeansCallback(TrainerCallback, ExportableState):
@@ -24,15 +25,43 @@ class RunningMeansCallback(TrainerCallback, ExportableState):
         return {"args": {"decay": self.means.decay}, "attributes": {"saved": asdict(self.means)}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stored = state.stateful_callbacks.get(type(self).__name__)
-        if stored is None:
-            raise ValueError(
-                "The checkpoint has no running means of the log-ratio: it was trained with another `baseline`. Resume "
-                f"with that one, or start anew with `baseline={args.baseline!r}`."
-            )
-        saved = stored["attributes"]["saved"]
+        saved = _saved(self, state, "running means of the log-ratio", f"baseline={args.baseline!r}")
         if saved["decay"] != self.means.decay:
             raise ValueError(
                 f"The checkpoint was trained with `ema_decay={saved['decay']}`, and this run has {self.means.decay}."
             )
         self.means = RunningMeans(**saved)
+
+
+class RunningKappaCallback(TrainerCallback, ExportableState):
+    """
+    The kappa of `control_variate="adaptive"`: the same within a step, moved at its end, saved and restored.
+
+    Args:
+        initial: kappa before anything was seen.
+    """
+
+    def __init__(self, initial: float):
+        self.kappa = RunningKappa(initial)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"initial": self.kappa.initial}, "attributes": {"saved": asdict(self.kappa)}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = _saved(self, state, "running moments of the control variate", "control_variate='adaptive'")
+        self.kappa = RunningKappa(**saved)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.kappa.end_step()
+
+
+def _saved(callback: TrainerCallback, state: Any, what: str, option: str) -> dict[str, Any]:
+    """What the checkpoint, or the callback itself at a fresh start, has stored of it."""
+    stored = state.stateful_callbacks.get(type(callback).__name__)
+    if stored is None:
+        name = option.split("=")[0]
+        raise ValueError(
+            f"The checkpoint has no {what}: it was trained with another `{name}`. Resume with that one, or start anew "
+            f"with `{option}`."
+        )
+    return stored["attributes"]["saved"]

@@ -92,6 +92,7 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
             result = super()._compute_loss(partial(model, draw_nonce=policy_nonce), inputs, return_outputs)
         for key in _MEANINGLESS_METRICS:
             self._metrics[mode].pop(key, None)
+        self._learn_kappa(outputs, pairs=True)
         self._log_metrics(mode, self._diagnostics.of_pairs(outputs))
         return result
 
@@ -213,6 +214,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
                     self._update_running_means(totals)
         for key in (*_MEANINGLESS_METRICS, *(() if self.args.baseline == "kl" else ("kl",))):
             self._metrics[mode].pop(key, None)
+        self._learn_kappa(self._of_matched_pairs(outputs), pairs=False)
         self._log_metrics(mode, self._diagnostics.of_rows(self._of_matched_pairs(outputs)))
         return result
 
@@ -254,8 +256,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
 
     @property
     def _running_means(self) -> RunningMeansCallback | None:
-        found = [c for c in self.callback_handler.callbacks if isinstance(c, RunningMeansCallback)]
-        return found[0] if found else None
+        return self._callback(RunningMeansCallback)
 
     def _update_running_means(self, totals: Totals) -> None:
         if self._running_means:

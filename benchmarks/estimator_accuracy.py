@@ -1,0 +1,52 @@
+"""
+What the estimator is worth in the end: right answers on the demo's task after equal training compute, over fresh seeds.
+
+    python benchmarks/estimator_accuracy.py --seeds 0 1 2 3 4
+    python benchmarks/estimator_accuracy.py --report
+
+The first four arms are the ablation of the VRPO paper (arXiv 2505.19223): K in {1, 8}, draws shared with the reference
+or not, fixed counts, not stratified. The other two are this package's default estimator. All arms run as many forwards
+in training, so one with fewer draws takes more steps. Everything else is the demo's. Finished cells are kept in
+`runs/estimator_accuracy/results.jsonl` and not run again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import alignment
+import torch
+
+FORWARDS = 40 * 8  # of the policy in training, per pair of the batch and response
+PAPER = {"mask_scheme": "fixed_count", "stratify": False, "control_variate": "none", "couple_pairs": False}
+ARMS = {
+    "K=1, not shared": PAPER | {"num_mc_samples": 1, "share_draws": False},
+    "K=1, shared": PAPER | {"num_mc_samples": 1},
+    "K=8, not shared": PAPER | {"num_mc_samples": 8, "share_draws": False},
+    "K=8, shared (VRPO)": PAPER | {"num_mc_samples": 8},
+    "default, K=4": {"num_mc_samples": 4},
+    "default, K=8": {"num_mc_samples": 8},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/estimator_accuracy"))
+    parser.add_argument("--report", action="store_true", help="only print what is finished")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    root = arguments.output_dir
+    root.mkdir(parents=True, exist_ok=True)
+    arms = {name: options | {"max_steps": FORWARDS // options["num_mc_samples"]} for name, options in ARMS.items()}
+    for seed in () if arguments.report else arguments.seeds:
+        for arm in sorted(arguments.arms, key=list(arms).index):
+            done = alignment.read(root)  # another process may be at work on it too
+            if (arm, seed) not in done:
+                print(json.dumps(alignment.run_cell(root, arm, arms[arm], seed, done)), flush=True)
+    alignment.report(alignment.read(root), arms)
+
+
+if __name__ == "__main__":
+    main()
