@@ -117,7 +117,9 @@ def test_named_tests_and_functions_exist():
         for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", path.read_text()):
             assert f"\ndef {name}(" in text_of(f"tests/{file}"), f"{path.name}: {file}::{name}"
     tables = "".join(line for line in method.splitlines() if line.startswith("|"))
-    for name in re.findall(r"`((?:draws|estimators|head|trainers|elbo_trainer|diagnostics)\.[\w.]+)`", tables):
+    for name in re.findall(
+        r"`((?:draws|schemes|control_variate|estimators|head|trainers|elbo_trainer|diagnostics)\.[\w.]+)`", tables
+    ):
         module, *rest = name.split(".")
         scope = ast.parse(text_of(f"trl_diffusion/{module}.py")).body
         for part in rest:

@@ -194,7 +194,7 @@ def test_coupled_responses_share_levels_and_the_fate_of_equal_tokens():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kappa": 1.5}, {"kappa": -0.1}, {"bandwidth": 0.0}, {"ridge": 0.0}, {"ridge": float("nan")}], ids=str
+    "settings", [{"kappa": 2.5}, {"kappa": -0.1}, {"bandwidth": 0.0}, {"ridge": 0.0}, {"ridge": float("nan")}], ids=str
 )
 def test_control_variate_refuses(settings):
     (name, value), *_ = settings.items()

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+LARGEST_KAPPA = 2
+
 
 @dataclass(frozen=True)
 class ControlVariate:
@@ -28,7 +30,7 @@ class ControlVariate:
     Settings of the leave-one-out token control variate.
 
     Args:
-        kappa: how much of what is expected of the hidden tokens is taken off. 0 is none.
+        kappa: how much of what is expected of the hidden tokens is taken off: 0 is none. More than 1 makes up for a large ridge.
         bandwidth: how near in mask level another draw has to be to count as a witness; levels lie in (0, 1].
         ridge: how many witnesses the average token weighs as much as, in the guess of a single token.
     """
@@ -38,8 +40,8 @@ class ControlVariate:
     ridge: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.kappa <= 1:
-            raise ValueError(f"`kappa` must be between 0 and 1, got {self.kappa}.")
+        if not 0 <= self.kappa <= LARGEST_KAPPA:
+            raise ValueError(f"`kappa` must be between 0 and {LARGEST_KAPPA}, got {self.kappa}.")
         if not self.bandwidth > 0:
             raise ValueError(f"`bandwidth` must be positive, got {self.bandwidth}.")
         if not self.ridge > 0:
@@ -145,10 +147,10 @@ class RunningKappa:
 
     @property
     def value(self) -> float:
-        """Kappa, in [0, 1]."""
+        """Kappa, in [0, 2]."""
         if self.square == 0:
             return self.initial
-        best = min(max(self.product / self.square, 0.0), 1.0)
+        best = min(max(self.product / self.square, 0.0), LARGEST_KAPPA)
         return (_PRIOR_COUNT * self.initial + self.count * best) / (_PRIOR_COUNT + self.count)
 
     def observe(self, product: float, square: float, count: float) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .estimators import ELBO, variance_of_mean
+from .estimators import ELBO, sum_units, variance_of_mean
 from .head import ELBOHeadOutput
 
 
@@ -76,19 +76,29 @@ class ScoreDiagnostics:
         """
         Sums over a batch that a kappa is learnt from, see [`RunningKappa`].
 
+        The control of a unit of draws has mean zero whatever the others are. So Cov(b, h) is the sum over units of
+        E[b_u h_u], and from b_u what the other units say of it may be taken off, which spares the noise of its mean.
+
         Args:
             outputs: of the policy and of the reference, in any order.
             pairs: whether the batch is [chosen, rejected], whose difference is the score.
 
         Returns:
-            `(3,)` float64: of b h, of h^2, and the number of estimates.
+            `(3,)` float64: of b h, of h^2, and the number of estimates; zeros for a single unit.
         """
+        elbo = _elbo(outputs)
         control = self._scores(outputs, "control")
-        plain = self._scores(outputs, "samples") + _elbo(outputs).kappa * control
+        plain = self._scores(outputs, "samples") + elbo.kappa * control
         if pairs:
             plain, control = _difference_of_halves(plain), _difference_of_halves(control)
-        b, h = plain.mean(0).double(), control.mean(0).double()
-        return torch.stack([(b * h).sum(), h.square().sum(), h.new_tensor(len(h))])
+        num_mc_samples, size = len(plain), elbo.draws_per_unit
+        if num_mc_samples <= size:
+            return torch.zeros(3, dtype=torch.float64, device=plain.device)
+        b, h = (sum_units(part.double(), size) / num_mc_samples for part in (plain, control))
+        drawn = sum_units(torch.ones_like(b[:1]).expand(num_mc_samples, -1), size)
+        others = (b.sum(0) - b) / (num_mc_samples - drawn) * drawn
+        product, square = ((b - others) * h).sum(), h.sum(0).square().sum()
+        return torch.stack([product, square, square.new_tensor(b.shape[1])])
 
     def _scores(self, outputs: list[ELBOHeadOutput], part: str) -> torch.Tensor:
         """`(K, B)`: beta times the difference of the two outputs' `samples` or `control`."""

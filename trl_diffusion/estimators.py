@@ -56,13 +56,16 @@ def variance_of_mean(samples: torch.Tensor, draws_per_unit: int = 1) -> torch.Te
     With the residuals summed in each of U units, U / (U - 1) times the sum of their squares over K^2: the
     cluster-robust variance, and the usual one where each draw is a unit. NaN for a single unit.
     """
-    num_mc_samples = samples.shape[0]
-    unit = torch.arange(num_mc_samples, device=samples.device) // draws_per_unit
-    units = int(unit[-1]) + 1
+    residuals = sum_units(samples - samples.mean(0), draws_per_unit) / samples.shape[0]
+    units = len(residuals)
     if units == 1:
         return torch.full_like(samples[0], torch.nan)
-    residuals = samples.new_zeros(units, samples.shape[1]).index_add(0, unit, samples - samples.mean(0))
-    return residuals.square().sum(0) / num_mc_samples**2 * units / (units - 1)
+    return residuals.square().sum(0) * units / (units - 1)
+
+
+def sum_units(samples: torch.Tensor, draws_per_unit: int) -> torch.Tensor:
+    """`(U, B)` sums of `samples` `(K, B)` over the draws of each unit; the last unit may be smaller."""
+    return torch.stack([unit.sum(0) for unit in samples.split(draws_per_unit)])
 
 
 def elbo(

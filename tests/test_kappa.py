@@ -1,0 +1,141 @@
+"""The adaptive control variate: kappa is learnt from past steps only, and is part of a checkpoint."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig
+from test_kto import make_trainer as make_kto_trainer
+from test_trainers import batch_of, make_trainer
+
+from trl_diffusion import DiffusionVRPOConfig, elbo
+from trl_diffusion.control_variate import ControlVariate, RunningKappa
+from trl_diffusion.running_means import RunningKappaCallback
+
+ADAPTIVE = {"control_variate": "adaptive", "num_mc_samples": 4}
+INITIAL = ControlVariate().kappa
+
+
+def kappa_of(trainer) -> RunningKappa:
+    return trainer._callback(RunningKappaCallback).kappa
+
+
+def test_running_kappa_finds_the_best_one():
+    """Of b = 0.4 h + noise: the variance of b - kappa h is least at 0.4."""
+    generator = torch.Generator().manual_seed(0)
+    kappa = RunningKappa(initial=1.0)
+    assert kappa.value == 1.0
+    for _ in range(200):
+        h = torch.randn(100, generator=generator).double()
+        b = 3 + 0.4 * h + torch.randn(100, generator=generator)
+        kappa.observe((b * h).sum().item(), (h * h).sum().item(), 100)
+        before = kappa.value
+        kappa.end_step()
+    assert before != kappa.value  # a step is not part of its own past
+    effective = 100 / (1 - 0.98)
+    prior = 64 * (1.0 - 0.4) / (64 + effective)
+    assert abs(kappa.value - 0.4 - prior) < 4 * 10**0.5 / effective**0.5  # b varies by 3^2 + 1 about 0.4 h
+
+
+@pytest.mark.parametrize("product, square, expected", [(-5.0, 1.0, 0.0), (5.0, 1.0, 2.0), (0.0, 0.0, 0.3)])
+def test_running_kappa_stays_between_0_and_2(product, square, expected):
+    kappa = RunningKappa(initial=0.3)
+    kappa.observe(product, square, 1e9)
+    kappa.end_step()
+    assert kappa.value == pytest.approx(expected, abs=1e-6)
+
+
+def moments_by_hand(trainer, inputs, policy, reference):
+    """Product and square of the scores of pairs with two units of two draws, from estimates with kappa 0 and 1."""
+    maskable, beta, samples = inputs["completion_mask"].bool(), trainer.beta, {}
+    for kappa in (0.0, 1.0):
+        draws = trainer._sampler(maskable, inputs["input_ids"], inputs["attention_mask"], 1, kappa)
+        first, second = (
+            elbo(model, inputs["input_ids"], maskable, inputs["attention_mask"], draws=draws).samples.double()
+            for model in (policy, reference)
+        )
+        chosen, rejected = (beta * (first - second)).chunk(2, dim=1)
+        samples[kappa] = chosen - rejected
+    b, h = samples[0.0] / 4, (samples[0.0] - samples[1.0]) / 4
+    apart = b[0] + b[1] - b[2] - b[3]
+    product = apart * (h[0] + h[1]) - apart * (h[2] + h[3])
+    return product.sum().item(), h.sum(0).square().sum().item(), float(b.shape[1])
+
+
+def test_a_step_uses_the_kappa_of_the_steps_before_it(tmp_path):
+    policy, reference = make_model(seed=1), make_model(seed=2)
+    trainer = make_trainer(tmp_path, policy, ref_model=reference, **ADAPTIVE)
+    inputs = batch_of(trainer)
+    trainer.model.train()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, inputs)
+        trainer.compute_loss(trainer.model, inputs)
+        expected = moments_by_hand(trainer, inputs, policy, reference)
+    kappa = kappa_of(trainer)
+    assert kappa.value == INITIAL  # both micro-batches belong to the step that is not over
+    assert kappa.pending == pytest.approx(tuple(2 * x for x in expected), rel=1e-4)
+    kappa.end_step()
+    assert kappa.value != INITIAL, kappa
+
+    # The next step's weights are those of the new kappa; evaluation keeps the first
+    trainer.state.global_step = 1
+    for mode, nonce, value in (("train", 2, kappa.value), ("eval", 0, INITIAL)):
+        trainer.model.train(mode == "train")
+        maskable = inputs["completion_mask"].bool()
+        draws = trainer._draw(maskable, inputs["input_ids"], inputs["attention_mask"], nonce)
+        expected = trainer._sampler(maskable, inputs["input_ids"], inputs["attention_mask"], nonce, value)
+        assert torch.equal(draws.weight, expected.weight)
+
+
+def test_splitting_a_batch_does_not_change_kappa(tmp_path):
+    found = []
+    for size in (1, 3):
+        trainer = make_trainer(tmp_path, make_model(seed=1), ref_model=make_model(seed=2), max_steps=2, seed=3,
+            per_device_train_batch_size=size, gradient_accumulation_steps=3 // size, **ADAPTIVE)  # fmt: skip
+        trainer.train()
+        found.append(kappa_of(trainer))
+    assert found[0].count == found[1].count > 0
+    assert found[0].value == pytest.approx(found[1].value, rel=1e-4)
+    assert found[0].value != INITIAL
+
+
+@pytest.mark.parametrize("make", [make_trainer, make_kto_trainer], ids=["vrpo", "elbo-kto"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, make):
+    """Losses, weights and kappa, to the last bit."""
+
+    def run(folder, max_steps, resume=False):
+        trainer = make(folder, peft_config=LoraConfig(r=4), max_steps=max_steps, save_strategy="steps", save_steps=2,
+            lr_scheduler_type="constant", **ADAPTIVE)  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, kappa_of(trainer), [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "cut", 2)
+    saved = json.loads((tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["RunningKappaCallback"]["attributes"]["saved"]["count"] > 0
+    resumed = run(tmp_path / "cut", 4, resume=True)
+    assert resumed[:2] == whole[:2] and whole[1].value != INITIAL
+    assert all(torch.equal(a, b) for a, b in zip(resumed[2], whole[2], strict=True))
+
+
+def test_resuming_a_run_with_another_control_variate_is_refused(tmp_path):
+    options = {"peft_config": LoraConfig(r=4), "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, max_steps=1, **options).train()
+    with pytest.raises(ValueError, match="trained with another `control_variate`"):
+        make_trainer(tmp_path, max_steps=2, **ADAPTIVE, **options).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"control_variate": "loo"}, r"`control_variate` must be one of .*'leave_one_out'.*, got 'loo'"),
+        ({**ADAPTIVE, "precompute_ref_log_probs": True}, r"valid for one set of weights. Set `control_variate="),
+        ({**ADAPTIVE, "share_draws": False}, r"`share_draws=False` does not allow. Set `control_variate="),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionVRPOConfig(str(tmp_path), **options)
