@@ -55,7 +55,9 @@ accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/
     --adam_beta2 0.95 \
     --per_device_train_batch_size 1 \
     --max_length 4096 \
+    --mask_scheme fixed_count \
     --stratify False \
+    --control_variate none \
     --output_dir LLaDA-8B-KTO
 ```
 

@@ -53,7 +53,10 @@ accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/
     --per_device_train_batch_size 1 \
     --gradient_accumulation_steps 8 \
     --max_length 4096 \
+    --mask_scheme fixed_count \
     --stratify False \
+    --control_variate none \
+    --couple_pairs False \
     --loss_type sigmoid sft \
     --loss_weights 1.0 0.05 \
     --output_dir LLaDA-8B-VRPO

@@ -36,9 +36,10 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
             What is done about the noise from which tokens happen to be masked. `"leave_one_out"`: what the other draws
             say of the masked tokens is taken off, and its mean put back; unbiased, no cost. `"adaptive"`: the same,
             and how much is taken off is learnt from past steps. `"none"`: nothing.
-        couple_pairs (`bool`, *optional*, defaults to `False`):
+        couple_pairs (`bool`, *optional*, defaults to `True`):
             Whether responses to one prompt share their mask levels, and equal tokens at equal places their fate: the
-            noise that the two share leaves their difference. Unbiased, no cost.
+            noise that the two share leaves their difference. Unbiased, no cost. Turn it off where a batch holds many
+            pairs of one prompt, whose noise would then add up.
         share_draws (`bool`, *optional*, defaults to `True`):
             Whether the policy and the reference are scored on the same masks (the "antithetic sampling" of VRPO).
             Turning it off is for ablations.
@@ -77,6 +78,15 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
         metadata={
             "help": "Parameter controlling the deviation from the reference model. Higher β means less deviation from "
             "the reference model."
+        },
+    )
+
+    couple_pairs: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether responses to one prompt share their mask levels, and equal tokens at equal places their "
+            "fate: the noise that the two share leaves their difference. Unbiased, no cost. Turn it off where a batch "
+            "holds many pairs of one prompt, whose noise would then add up."
         },
     )
 
@@ -149,7 +159,8 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
             and how much is taken off is learnt from past steps. `"none"`: nothing.
         couple_pairs (`bool`, *optional*, defaults to `False`):
             Whether responses to one prompt share their mask levels, and equal tokens at equal places their fate: the
-            noise that the two share leaves their difference. Unbiased, no cost.
+            noise that the two share leaves their difference. Unbiased, no cost. Only of use where a batch holds both
+            responses of a pair.
         share_draws (`bool`, *optional*, defaults to `True`):
             Whether the policy and the reference are scored on the same masks. Turning it off is for ablations.
         draw_seed (`int`, *optional*):

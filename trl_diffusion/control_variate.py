@@ -30,14 +30,15 @@ class ControlVariate:
     Settings of the leave-one-out token control variate.
 
     Args:
-        kappa: how much of what is expected of the hidden tokens is taken off: 0 is none. More than 1 makes up for a large ridge.
+        kappa: how much of what is expected of the hidden tokens is taken off. 0 is none; more than 1 makes up for a
+            large ridge.
         bandwidth: how near in mask level another draw has to be to count as a witness; levels lie in (0, 1].
         ridge: how many witnesses the average token weighs as much as, in the guess of a single token.
     """
 
     kappa: float = 1.0
-    bandwidth: float = 0.5
-    ridge: float = 2.0
+    bandwidth: float = 0.25
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.kappa <= LARGEST_KAPPA:

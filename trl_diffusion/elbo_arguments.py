@@ -50,7 +50,8 @@ class ELBOArguments:
         default=False,
         metadata={
             "help": "Whether responses to one prompt share their mask levels, and equal tokens at equal places their "
-            "fate: the noise that the two share leaves their difference. Unbiased, no cost."
+            "fate: the noise that the two share leaves their difference. Unbiased, no cost. Only of use where a batch "
+            "holds both responses of a pair."
         },
     )
     share_draws: bool = field(
