@@ -32,8 +32,11 @@ FLOORS = {
     "configs": 3,
     "diagnostics": 3,
     "elbo_trainer": 4,
+    "variance_analysis": 0,
+    "variance_report": 0,
     "trainers": 5,
     "scripts": 5,
+    "diagnose": 6,
 }
 # What a floor may not know
 FORBIDDEN = {0: {"trl", "transformers", "datasets", "accelerate", "peft"}, 1: {"trl", "peft"}}

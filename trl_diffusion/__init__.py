@@ -15,10 +15,12 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .configs import DiffusionVRPOConfig, ELBOKTOConfig
     from .control_variate import ControlVariate
+    from .diagnose import diagnose_variance
     from .draws import MaskDraws, MaskSampler, draw_masks
     from .estimators import ELBO, elbo
     from .models import LLaDAConfig, LLaDAModelLM
     from .trainers import DiffusionVRPOTrainer, ELBOKTOTrainer
+    from .variance_report import VarianceReport
 
 _HOMES = {
     "ControlVariate": "control_variate",
@@ -31,6 +33,8 @@ _HOMES = {
     "LLaDAModelLM": "models",
     "MaskDraws": "draws",
     "MaskSampler": "draws",
+    "VarianceReport": "variance_report",
+    "diagnose_variance": "diagnose",
     "draw_masks": "draws",
     "elbo": "estimators",
 }
@@ -46,7 +50,9 @@ __all__ = [
     "LLaDAModelLM",
     "MaskDraws",
     "MaskSampler",
+    "VarianceReport",
     "__version__",
+    "diagnose_variance",
     "draw_masks",
     "elbo",
 ]

@@ -16,7 +16,7 @@ from unittest import mock
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ModelConfig, get_dataset
 from trl.data_utils import is_conversational
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from trl.trainer.utils import FusedCausalLMOutput, hash_module, maybe_gather_lm_head_ctx
 
 # Names that a TRL trainer module looks up in its constructor, in this order
 SEAM_NAMES = ("create_model_from_path", "get_peft_model", "add_fused_lm_head")
@@ -31,6 +31,7 @@ __all__ = [
     "KTOTrainer",
     "ModelConfig",
     "get_dataset",
+    "hash_module",
     "is_conversational",
     "maybe_gather_lm_head_ctx",
     "seam",

@@ -11,7 +11,7 @@ This module draws nothing: it scores the draws it is given, on any denoiser.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class ELBO:
         draws_per_unit: that many draws in a row depend on each other, see [`MaskDraws`].
         control: `(K, B)` nats, what the control variate's kappa was multiplied with in `samples`; none without one.
         kappa: that kappa.
+        log_probs: `(K, B, L)` nats, of each token where it is masked, zero elsewhere; detached.
     """
 
     terms: torch.Tensor
@@ -37,6 +38,7 @@ class ELBO:
     draws_per_unit: int = 1
     control: torch.Tensor | None = None
     kappa: float = 0.0
+    log_probs: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
     @property
     def value(self) -> torch.Tensor:
@@ -127,8 +129,14 @@ def weigh(log_probs: torch.Tensor, draws: MaskDraws) -> ELBO:
     log_probs = log_probs.masked_fill(~draws.masked, 0.0)
     _refuse_non_finite(log_probs)
     samples, control = draws.samples(log_probs.detach())
-    kappa = draws.control.settings.kappa if draws.control else 0.0
-    return ELBO((log_probs * draws.weight).sum(0), samples, draws.draws_per_unit, control, kappa)
+    return ELBO(
+        terms=(log_probs * draws.weight).sum(0),
+        samples=samples,
+        draws_per_unit=draws.draws_per_unit,
+        control=control,
+        kappa=draws.control.settings.kappa if draws.control else 0.0,
+        log_probs=log_probs.detach(),
+    )
 
 
 def _token_log_probs(model, noised_input_ids, targets, attention_mask):

@@ -1,0 +1,217 @@
+"""The diagnosis of variance: its arithmetic against enumeration and against estimates made one by one; its course."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_pairs, make_tokenizer
+from oracles import MASK, TableDenoiser, exact_fixed_count_variances, subsets
+from peft import LoraConfig, get_peft_model
+
+from trl_diffusion import ControlVariate, DiffusionVRPOConfig, VarianceReport, diagnose_variance, draw_masks, elbo, head
+from trl_diffusion.variance_analysis import Scored, fixed_count_repeats, fixed_count_samples, repeats, variance_parts
+from trl_diffusion.variance_report import ESTIMATORS
+
+LENGTH = 8
+IDS = torch.randint(0, MASK, (LENGTH,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def log_ratios():
+    """Every token's log-ratio under every mask: `(2^L, L)`, by the mask's code."""
+    policy = TableDenoiser(LENGTH, seed=1)
+    reference = TableDenoiser(LENGTH, seed=2, near=policy, distance=0.3)
+    table = torch.zeros(2**LENGTH, LENGTH, dtype=torch.float64)
+    for m in subsets(LENGTH):
+        noised = IDS.clone()
+        noised[list(m)] = MASK
+        for model, sign in ((policy, 1), (reference, -1)):
+            found = model(noised.unsqueeze(0))[0].log_softmax(-1)
+            for i in m:
+                table[sum(1 << j for j in m), i] += sign * found[i, IDS[i]]
+    return policy, reference, table
+
+
+def scored(table, num_draws, seed):
+    masked = draw_masks(torch.ones(1, LENGTH, dtype=torch.bool), num_draws, "mirror", True, seed=seed).masked[:, 0]
+    return Scored(masked, table[(masked.long() << torch.arange(LENGTH)).sum(-1)])
+
+
+def test_variance_parts_against_enumeration(log_ratios):
+    policy, reference, table = log_ratios
+    level, within = exact_fixed_count_variances(policy, IDS, reference)
+    tokens = 0.0
+    for size in range(1, LENGTH + 1):
+        masks = [m for m in subsets(LENGTH) if len(m) == size]
+        values = torch.stack([table[sum(1 << j for j in m)] for m in masks])
+        mu = values.sum(0) / comb(LENGTH - 1, size - 1)
+        of_means = torch.tensor([mu[list(m)].sum() * LENGTH / size for m in masks])
+        tokens += of_means.var(correction=0).item() / LENGTH
+    found = [variance_parts(scored(table, 256, seed)) for seed in range(60)]
+    for part, exact in {"level": level, "tokens": tokens, "context": within - tokens}.items():
+        values = torch.tensor([each[part] for each in found])
+        assert abs(values.mean() - exact) < 4 * values.std() / 60**0.5, part
+
+
+@pytest.mark.parametrize("num_draws", [4, 8])
+@pytest.mark.parametrize(
+    "scheme, control_variate", [("fixed_count", None), ("mirror", None), ("mirror", ControlVariate())], ids=str
+)
+def test_repeats_have_the_variance_of_estimates_made_one_by_one(log_ratios, scheme, control_variate, num_draws):
+    policy, reference, table = log_ratios
+    size = 4000
+    maskable = torch.ones(size, LENGTH, dtype=torch.bool)
+    draws = draw_masks(maskable, num_draws, scheme, True, seed=11, control_variate=control_variate)
+    first, second = (
+        elbo(model, IDS.expand(size, LENGTH), maskable, draws=draws, mask_token_id=MASK).value.double()
+        for model in (policy, reference)
+    )
+    squared = ((first - second) - (first - second).mean()).square()
+    found = []
+    for seed in range(150):
+        one = scored(table, 64, seed)
+        values = (
+            fixed_count_repeats(one, num_draws) if scheme == "fixed_count" else repeats(one, num_draws, control_variate)
+        )
+        assert len(values) == 64 // num_draws // (2 if scheme == "fixed_count" else 1)
+        found.append(values.var())
+    found = torch.stack(found)
+    error = (squared.var() / size + found.var() / len(found)).sqrt()
+    assert abs(found.mean() - squared.mean()) < 4 * error
+    assert abs(repeats(scored(table, 64, 0), 64).item() - fixed_count_samples(scored(table, 64, 0)).mean()) < 1e-9
+
+
+def diagnose(tmp_path, model=None, ref_model=None, dataset=None, **options):
+    options = {"num_pairs": 4, "num_draws": 32, **options}
+    args = DiffusionVRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], seed=5)
+    return diagnose_variance(
+        model if model is not None else make_model(seed=1), ref_model, make_pairs() if dataset is None else dataset,
+        args, processing_class=make_tokenizer(), **options,
+    )  # fmt: skip
+
+
+def count_forwards(monkeypatch):
+    calls, plain = [], head._score_draws
+    monkeypatch.setattr(head, "_score_draws", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    return calls
+
+
+def test_report_of_a_policy_and_a_reference(tmp_path):
+    report = diagnose(tmp_path, make_model(seed=1), make_model(seed=2))
+    assert report.compares_with_reference and report.num_pairs == 4
+    assert sum(report.parts.values()) == pytest.approx(1)
+    assert set(report.variance) == {(name, count) for name in ESTIMATORS for count in (2, 4, 8)}
+    text = str(report)
+    assert "| default |" in text and "Recommended: num_mc_samples=" in text
+    DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **report.options)
+
+    # The VRPO paper's estimator at K = 8: eight independent draws of each response, from their definition
+    rows = [json.loads(line) for line in (tmp_path / "variance.jsonl").read_text().splitlines()]
+    mean = sum(row["variance"]["VRPO paper|8"] for row in rows) / 4
+    assert report.variance["VRPO paper", 8] == pytest.approx(0.2**2 * mean)
+    assert report.variance["VRPO paper", 2] == pytest.approx(4 * report.variance["VRPO paper", 8])
+
+
+def test_an_interrupted_diagnosis_goes_on_and_other_weights_start_anew(tmp_path, monkeypatch):
+    calls = count_forwards(monkeypatch)
+    report = diagnose(tmp_path, make_model(seed=1), make_model(seed=2))
+    whole, path = len(calls), tmp_path / "variance.jsonl"
+    text = path.read_text()
+    assert diagnose(tmp_path, make_model(seed=1), make_model(seed=2)) == report and len(calls) == whole
+    path.write_text(text[: -len(text) // 8])  # the last of four lines is cut in half
+    assert diagnose(tmp_path, make_model(seed=1), make_model(seed=2)) == report
+    assert 0 < len(calls) - whole <= whole // 2
+    before = len(calls)
+    assert diagnose(tmp_path, make_model(seed=3), make_model(seed=2)) != report
+    assert len(calls) == before + whole
+
+
+def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
+    model = make_model(seed=1)
+    names = set(model.state_dict())
+    report = diagnose(tmp_path, model)
+    assert not report.compares_with_reference and "stand in for log-ratios" in str(report)
+    assert set(model.state_dict()) == names and all(v > 0 for v in report.variance.values())
+
+
+def test_an_adapter_is_compared_with_the_model_without_it(tmp_path):
+    torch.manual_seed(0)
+    policy = get_peft_model(make_model(seed=1), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    merged = get_peft_model(make_model(seed=1), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    merged.load_state_dict(policy.state_dict())
+    with_adapter = diagnose(tmp_path / "a", policy)
+    explicit = diagnose(tmp_path / "b", merged.merge_and_unload(), make_model(seed=1))
+    assert with_adapter.compares_with_reference
+    for cell, variance in explicit.variance.items():
+        assert with_adapter.variance[cell] == pytest.approx(variance, rel=1e-2)
+    assert with_adapter.margin == pytest.approx(explicit.margin, rel=1e-3)
+
+
+REPORT = VarianceReport(
+    num_pairs=9, num_draws=64, beta=0.2, compares_with_reference=True, overlap=0.5, margin=1.0, margin_spread=1.0,
+    parts={"level": 0.2, "tokens": 0.5, "context": 0.3},
+    variance={(name, k): 4.0 / k for name in ESTIMATORS for k in (2, 4, 8, 16)},
+    error={(name, k): 0.1 / k for name in ESTIMATORS for k in (2, 4, 8, 16)},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, target, expected",
+    [
+        ({}, 0.5, ("default", 16)),
+        ({}, 0.8, ("default", 8)),
+        ({}, 0.1, ("default", 16)),  # not reached: the most there is
+        ({("mirror", 16): 0.245}, 0.5, ("default", 16)),  # within the noise of the measurement
+        ({("mirror", 16): 0.1, ("mirror", 8): 0.2}, 0.5, ("mirror", 8)),
+    ],
+)
+def test_recommendation(changes, target, expected):
+    report = replace(REPORT, variance=REPORT.variance | changes, target_standard_error=target)
+    assert report.recommended == expected
+    assert report.options == {"num_mc_samples": expected[1], **ESTIMATORS[expected[0]]}
+    reached = report.variance[expected] ** 0.5 <= target
+    assert (" reaches " in str(report)) == reached
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_pairs": 1}, "`num_pairs` must be at least 2, for a spread over pairs, got 1"),
+        ({"num_draws": 40}, "`num_draws` must be a multiple of 32, got 40. The default is 64"),
+        ({"dataset": make_pairs(1)}, "1 pairs are left of the dataset"),
+    ],
+    ids=str,
+)
+def test_refusals(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(tmp_path, **options)
+    with pytest.raises(ValueError, match="`dataset` is missing"):
+        diagnose_variance(make_model())
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path):
+    model, tokenizer = make_model(seed=1), make_tokenizer(with_mask=True)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    make_pairs().to_json(tmp_path / "data" / "train.jsonl")
+    script = Path(__file__).parents[1] / "examples" / "diagnose_variance.py"
+    options = {
+        "model_name_or_path": tmp_path / "model", "adapter_name_or_path": tmp_path / "adapter",
+        "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out", "num_pairs": 3, "num_draws": 32,
+        "use_cpu": True, "bf16": False, "report_to": "none",
+    }  # fmt: skip
+    flags = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    run = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "3 pairs, 32 draws" in run.stdout and "Recommended: " in run.stdout
+    assert "stand in for" not in run.stdout

@@ -1,0 +1,108 @@
+"""What [`diagnose_variance`](diagnose.py) reports: estimators side by side, and which one to take."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+DRAW_COUNTS = (2, 4, 8, 16)
+# Estimators that are compared: options of the configuration
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "VRPO paper": {"mask_scheme": "fixed_count", "stratify": False, "control_variate": "none", "couple_pairs": False},
+    "fixed counts": {"mask_scheme": "fixed_count", "stratify": True, "control_variate": "none", "couple_pairs": False},
+    "mirror": {"mask_scheme": "mirror", "stratify": True, "control_variate": "none", "couple_pairs": False},
+    "mirror, control": {
+        "mask_scheme": "mirror", "stratify": True, "control_variate": "leave_one_out", "couple_pairs": False,
+    },
+    "mirror, coupled": {"mask_scheme": "mirror", "stratify": True, "control_variate": "none", "couple_pairs": True},
+    "default": {
+        "mask_scheme": "mirror", "stratify": True, "control_variate": "leave_one_out", "couple_pairs": True,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VarianceReport:
+    """
+    What [`diagnose_variance`] found. Scores are in units of the loss, `beta` included; variances are means over pairs.
+
+    Args:
+        num_pairs: pairs that were scored.
+        num_draws: draws of each response.
+        beta: of the score.
+        compares_with_reference: false if the policy is its reference: then its log-probabilities stand in for the
+            log-ratios, and only the proportions mean something.
+        overlap: mean share of places at which chosen and rejected have the same token.
+        margin: mean over pairs of the score, and `margin_spread` its standard deviation.
+        parts: shares of `level`, `tokens` and `context` in the variance of a single fixed-count draw.
+        variance: of the score, by estimator and K; `error` is the standard error over pairs.
+        target_standard_error: of the score, that the recommended K has to reach.
+    """
+
+    num_pairs: int
+    num_draws: int
+    beta: float
+    compares_with_reference: bool
+    overlap: float
+    margin: float
+    margin_spread: float
+    parts: dict[str, float]
+    variance: dict[tuple[str, int], float]
+    error: dict[tuple[str, int], float] = field(repr=False)
+    target_standard_error: float = 0.5
+
+    @property
+    def recommended(self) -> tuple[str, int]:
+        """
+        Estimator and K: the quietest estimator, and the fewest draws at which its standard error is small enough.
+
+        The default is left only for one whose variance is lower by more than the noise of the measurement.
+        """
+        largest = max(count for _, count in self.variance)
+        name = min(ESTIMATORS, key=lambda name: self.variance.get((name, largest), math.inf))
+        noise = math.hypot(self.error["default", largest], self.error[name, largest])
+        if self.variance["default", largest] <= self.variance[name, largest] + 2 * noise:
+            name = "default"
+        counts = sorted(count for estimator, count in self.variance if estimator == name)
+        enough = [k for k in counts if self.variance[name, k] ** 0.5 <= self.target_standard_error]
+        return name, enough[0] if enough else counts[-1]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The recommendation, as arguments of [`DiffusionVRPOConfig`]."""
+        name, count = self.recommended
+        return {"num_mc_samples": count, **ESTIMATORS[name]}
+
+    def __str__(self) -> str:
+        counts = sorted({count for _, count in self.variance})
+        lines = [
+            f"{self.num_pairs} pairs, {self.num_draws} draws of each response, beta = {self.beta}.",
+            f"Chosen and rejected have the same token at {self.overlap:.0%} of their places.",
+            f"Score: {self.margin:+.3f} +- {self.margin_spread:.3f} (mean and spread over pairs).",
+            "Noise of a single draw: " + ", ".join(f"{part} {share:.0%}" for part, share in self.parts.items()) + ".",
+            "",
+            "Variance of the score (standard error over pairs); forwards of the policy per response = K",
+            "| estimator | " + " | ".join(f"K = {count}" for count in counts) + " |",
+            "|---|" + "---|" * len(counts),
+        ]
+        if not self.compares_with_reference:
+            lines.insert(1, "The policy is its reference: log-probabilities stand in for log-ratios. Read ratios only.")
+        for name in ESTIMATORS:
+            cells = [self._cell(name, count) for count in counts]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        name, count = self.recommended
+        variance = self.variance[name, count]
+        reached = variance**0.5 <= self.target_standard_error
+        verdict = "reaches" if reached else "does not reach"
+        options = ", ".join(f"{option}={value!r}" for option, value in self.options.items())
+        lines += [
+            "",
+            f"Recommended: {options}.",
+            f"Its standard error {variance**0.5:.2f} {verdict} {self.target_standard_error}, at {count / 8:g} times "
+            "the forwards of the paper's K = 8.",
+        ]
+        return "\n".join(lines)
+
+    def _cell(self, name: str, count: int) -> str:
+        if (name, count) not in self.variance:
+            return "-"
+        return f"{self.variance[name, count]:.3g} ({self.error[name, count]:.1g})"
