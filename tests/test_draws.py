@@ -144,7 +144,7 @@ def test_control_variate_is_the_formula(scheme, num_mc_samples):
     maskable = torch.stack([torch.arange(7) < length for length in lengths])
     draws = draw_masks(maskable, num_mc_samples, scheme, seed=8, control_variate=settings)
     f = torch.randn(draws.masked.shape, generator=torch.Generator().manual_seed(0)).double() * draws.masked
-    samples = draws.samples(f)
+    samples, _ = draws.samples(f)
     for b, length in enumerate(lengths):
         expected = [
             control_variate_by_hand(draws, f, settings, SCHEMES[scheme].draws_per_unit, b, k, length)

@@ -4,9 +4,9 @@ The ELBO estimate against the truth by enumeration, and the variance theorems of
 
 import pytest
 import torch
-from oracles import MASK, TableDenoiser, all_masks, exact_elbo, exact_fixed_count_variances, masked_sums
+from oracles import MASK, VOCAB, TableDenoiser, all_masks, exact_elbo, exact_fixed_count_variances, masked_sums
 
-from trl_diffusion import MaskDraws, draw_masks, elbo
+from trl_diffusion import ControlVariate, MaskDraws, draw_masks, elbo
 from trl_diffusion.draws import SCHEMES
 
 LENGTH = 4
@@ -24,10 +24,10 @@ def near(table):
     return TableDenoiser(LENGTH, seed=9, near=table)
 
 
-def estimate(model, num_mc_samples, scheme="fixed_count", stratify=False, seed=0, repeats=REPEATS):
+def estimate(model, num_mc_samples, scheme="fixed_count", stratify=False, seed=0, repeats=REPEATS, **options):
     """`repeats` independent estimates of the same row."""
     ids, maskable = IDS.expand(repeats, LENGTH), torch.ones(repeats, LENGTH, dtype=torch.bool)
-    draws = draw_masks(maskable, num_mc_samples, scheme, stratify, seed)
+    draws = draw_masks(maskable, num_mc_samples, scheme, stratify, seed, **options)
     return elbo(model, ids, maskable, draws=draws, mask_token_id=MASK)
 
 
@@ -47,8 +47,9 @@ def test_exact_when_all_masks_are_enumerated(table):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("stratify", [False, True])
 @pytest.mark.parametrize("num_mc_samples", [1, 3, 8])
-def test_unbiased(table, scheme, stratify, num_mc_samples):
-    value = estimate(table, num_mc_samples, scheme, stratify).value
+@pytest.mark.parametrize("control_variate", [None, ControlVariate()], ids=["plain", "control"])
+def test_unbiased(table, scheme, stratify, num_mc_samples, control_variate):
+    value = estimate(table, num_mc_samples, scheme, stratify, control_variate=control_variate).value
     standard_error = value.std() / REPEATS**0.5
     assert abs(value.mean() - exact_elbo(table, IDS)) < 4 * standard_error
 
@@ -215,6 +216,61 @@ def test_theorem_4_and_proposition_5_the_gradient(table, near, num_mc_samples):
         sum((s.std() / rows**0.5 * scale) ** 2 for s, scale in zip(squared, (num_mc_samples, 1), strict=True)) ** 0.5
     )
     assert abs(num_mc_samples * squared[0].mean() - squared[1].mean()) < 4 * error
+
+
+# Beyond the paper
+
+
+@pytest.mark.parametrize("scheme, control_variate", [("mirror", None), ("mirror", ControlVariate())], ids=str)
+def test_the_gradient_is_unbiased(table, near, scheme, control_variate):
+    """Weights do not depend on log-probabilities, so what holds for the estimate holds for its gradient."""
+    rows = 4000
+    draws = draw_masks(
+        torch.ones(rows, LENGTH, dtype=torch.bool), 4, scheme, True, seed=9, control_variate=control_variate
+    )
+    gradient, _ = gradients_of_rows(near, draws)
+    exact, _ = gradients_of_rows(near, all_masks(LENGTH, 1))
+    z = (gradient.mean(0) - exact[0]) / (gradient.std(0) / rows**0.5)
+    assert z.abs().max() < 4
+
+
+@pytest.mark.parametrize("num_mc_samples", [4, 7, 8])
+def test_without_context_the_control_variate_leaves_no_noise(num_mc_samples):
+    """
+    If a token's log-probability does not depend on what else is hidden, the other draws tell all of it: every mirror
+    pair hides every token, so that c_ki is exact as the ridge goes to zero, and so is the estimate.
+    """
+    logits = torch.randn(LENGTH, VOCAB, generator=torch.Generator().manual_seed(2)).double()
+    exact = logits.log_softmax(-1)[torch.arange(LENGTH), IDS].sum()
+
+    def model(input_ids, attention_mask=None):
+        return logits.expand(len(input_ids), -1, -1)
+
+    settings = ControlVariate(kappa=1.0, bandwidth=100.0, ridge=1e-9)
+    value = estimate(model, num_mc_samples, "mirror", control_variate=settings, repeats=200).value
+    torch.testing.assert_close(value, exact.expand(200), rtol=1e-5, atol=1e-5)  # weights are float32
+    assert estimate(model, num_mc_samples, "mirror", repeats=200).value.std() > 0.1
+
+
+def test_what_coupled_responses_share_leaves_their_difference(table, near):
+    """Responses that differ in one token: the score is quieter than on separate masks."""
+    rows = 3000
+    prompt = torch.arange(rows).unsqueeze(1)
+    other = IDS.clone()
+    other[1] = 0
+    variances = {}
+    for couple_pairs in (False, True):
+        ids = torch.cat([torch.cat([prompt, y.expand(rows, -1)], 1) for y in (IDS, other)])
+        maskable = (torch.arange(1 + LENGTH) > 0).expand(2 * rows, -1)
+        draws = draw_masks(maskable, 4, "fixed_count", True, rows=ids, couple_pairs=couple_pairs)
+        draws = MaskDraws(draws.masked[..., 1:], draws.weight[..., 1:])
+        policy, reference = (
+            elbo(model, ids[:, 1:], maskable[:, 1:], draws=draws, mask_token_id=MASK).value for model in (near, table)
+        )
+        chosen, rejected = (policy - reference).chunk(2)
+        variances[couple_pairs] = variance_with_error(chosen - rejected)
+    (apart, apart_error), (coupled, coupled_error) = variances[False], variances[True]
+    assert coupled + 4 * coupled_error < apart - 4 * apart_error
 
 
 # Input that has no ELBO

@@ -75,7 +75,7 @@ class Control:
         near = self._nearness()
         surprise = self.scale.unsqueeze(-1) * self._surprise() / (self._witnesses(near) + self.settings.ridge)
         of_token = torch.einsum("jkb,jbl->kbl", near, surprise)
-        of_mean = torch.einsum("jkb,jb->kb", near, self.settings.ridge * surprise.sum(-1) / self._total(near))
+        of_mean = torch.einsum("jkb,jb->kb", near, self.settings.ridge * surprise.sum(-1) * self._per_witness(near))
         kappa = self.settings.kappa
         return (self.scale.unsqueeze(-1) - kappa * (of_token + of_mean.unsqueeze(-1))) * self.masked
 
@@ -92,7 +92,7 @@ class Control:
         """
         near = self._nearness()
         values = log_probs.double()
-        mean = torch.einsum("jkb,kb->jb", near, values.sum(-1)) / self._total(near)
+        mean = torch.einsum("jkb,kb->jb", near, values.sum(-1)) * self._per_witness(near)
         seen = torch.einsum("jkb,kbl->jbl", near, values)
         ridge = self.settings.ridge
         expected = (seen + ridge * mean.unsqueeze(-1)) / (self._witnesses(near) + ridge)
@@ -110,10 +110,10 @@ class Control:
         """`(K, B, L)`: how often other units saw a token."""
         return torch.einsum("jkb,kbl->jbl", near, self.masked.double())
 
-    def _total(self, near: torch.Tensor) -> torch.Tensor:
-        """`(K, B)`: how many tokens other units saw; tiny instead of none, where nothing is averaged."""
+    def _per_witness(self, near: torch.Tensor) -> torch.Tensor:
+        """`(K, B)`: one over how many tokens other units saw; zero where they saw none, and there is no mean."""
         seen = torch.einsum("jkb,kb->jb", near, self.masked.sum(-1).double())
-        return seen.clamp(min=torch.finfo(seen.dtype).tiny)
+        return torch.where(seen > 0, 1 / seen, 0.0)
 
     def _surprise(self) -> torch.Tensor:
         """`(K, B, L)`: 1{i in m_k} - pi_k."""
