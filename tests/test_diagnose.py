@@ -134,7 +134,9 @@ def test_an_interrupted_diagnosis_goes_on_and_other_weights_start_anew(tmp_path,
 def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
     model = make_model(seed=1)
     names = set(model.state_dict())
-    report = diagnose(tmp_path, model)
+    report = diagnose(tmp_path / "out", model)
+    model.save_pretrained(tmp_path / "model")
+    assert diagnose(tmp_path / "other", str(tmp_path / "model")).variance == report.variance
     assert not report.compares_with_reference and "stand in for log-ratios" in str(report)
     assert set(model.state_dict()) == names and all(v > 0 for v in report.variance.values())
 

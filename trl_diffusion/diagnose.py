@@ -76,7 +76,8 @@ def diagnose_variance(
     sampler = MaskSampler(num_draws, "mirror", stratify=True, seed=args.mask_sampler().seed, couple_pairs=True)
     args.num_mc_samples, args.mask_scheme, args.stratify, args.couple_pairs = num_draws, "mirror", True, True
     args.control_variate, args.share_draws, args.precompute_ref_log_probs = "none", True, False
-    fresh = ref_model is None and peft_config is None and not is_peft_model(model)
+    has_adapter = not isinstance(model, str) and is_peft_model(model)
+    fresh = ref_model is None and peft_config is None and not has_adapter
     trainer = DiffusionVRPOTrainer(
         model,
         ref_model,
@@ -86,7 +87,7 @@ def diagnose_variance(
         peft_config=LoraConfig(r=1) if fresh else peft_config,  # an adapter that is zero, so that nothing is copied
         quantization_config=quantization_config,
     )
-    if is_peft_model(model) and "ref" in trainer.model.peft_config:
+    if has_adapter and "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, from which training would start
     rows = _score_pairs(trainer, sampler, Path(args.output_dir) / "variance.jsonl")
     if fresh and not isinstance(model, str):
