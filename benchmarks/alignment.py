@@ -8,8 +8,9 @@ Each cell (arm, seed) is one training run on the base model and pairs of that se
 the changes of the arm. Finished cells are kept in `runs/alignment/results.jsonl` and not run again, so the benchmark
 can be stopped and continued. The gain is in percentage points of held-out test problems with every step right.
 
-`naive` is DPO with one draw per ELBO, not shared with the reference: with eight times the steps it uses as many draws
-as VRPO; `naive_equal_time` gets as many steps as fit into the wall time that VRPO took.
+The estimator is stratified fixed counts; `estimator_accuracy.py` compares estimators. `naive` is DPO with one draw per
+ELBO, not shared with the reference: with eight times the steps it uses as many draws as VRPO; `naive_equal_time` gets
+as many steps as fit into the wall time that VRPO took.
 """
 
 import argparse
@@ -24,10 +25,11 @@ from peft import PeftModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
 
+FIXED_COUNTS = {"mask_scheme": "fixed_count", "control_variate": "none", "couple_pairs": False}
 NAIVE = {"num_mc_samples": 1, "share_draws": False}
 EQUAL_DRAWS = demo.ALIGNMENT["max_steps"] * demo.ALIGNMENT["num_mc_samples"]
 ARMS = {
-    "vrpo": {},  # the demo's settings
+    "vrpo": {},  # the demo's settings but for the estimator
     "vrpo_no_sft": {"loss_type": ["sigmoid"], "loss_weights": [1.0]},
     "vrpo_sft_1": {"loss_weights": [1.0, 1.0]},
     "vrpo_unshared": {"share_draws": False},
@@ -52,7 +54,7 @@ def run_cell(root: Path, arm: str, changes: dict, seed: int, done: dict) -> dict
 
 
 def changes_of(arm: str, seed: int, done: dict) -> dict:
-    changes = dict(ARMS[arm])
+    changes = FIXED_COUNTS | ARMS[arm]
     if arm == "naive_equal_time":
         seconds_per_step = done["naive", seed]["seconds"] / EQUAL_DRAWS
         changes["max_steps"] = round(done["vrpo", seed]["seconds"] / seconds_per_step)

@@ -35,11 +35,14 @@ NOISE_BATCHES = 32
 NOISE_STEPS = 20  # of the run at whose end the noise is measured
 
 
+FIXED_COUNTS = {"mask_scheme": "fixed_count", "control_variate": "none"}  # the estimator of all cells
+
+
 def options_of(baseline: str) -> dict:
     """TRL's own baseline needs its own order of the rows."""
     if baseline == "kl":
-        return {"baseline": "kl", "batch_composition": "random", "train_sampling_strategy": "sequential"}
-    return {"baseline": baseline}
+        return FIXED_COUNTS | {"baseline": "kl", "batch_composition": "random", "train_sampling_strategy": "sequential"}
+    return FIXED_COUNTS | {"baseline": baseline}
 
 
 def run_cell(root: Path, baseline: str, seed: int) -> dict:
@@ -58,7 +61,7 @@ def noise_trainer(root: Path, baseline: str, seed: int) -> ELBOKTOTrainer:
     if not (folder / "early" / "adapter_config.json").exists():
         demo_kto.align(folder, folder / "early", seed=seed, eval_strategy="no", max_steps=NOISE_STEPS)
     settings = demo_kto.ALIGNMENT | options_of(baseline)
-    kept = ("num_mc_samples", "beta", "per_device_train_batch_size", "baseline", "batch_composition")
+    kept = ("num_mc_samples", "beta", "per_device_train_batch_size", "baseline", "batch_composition", *FIXED_COUNTS)
     kept = {name: settings[name] for name in (*kept, "train_sampling_strategy") if name in settings}
     policy = PeftModel.from_pretrained(made["model"], folder / "early", is_trainable=True)
     return ELBOKTOTrainer(
