@@ -14,18 +14,20 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.largest, self.seen = 0, 0, 0, weakref.WeakValueDictionary()
+        self.live, self.peak, self.largest = 0, 0, 0
+        self.seen = weakref.WeakValueDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
+        kwargs = kwargs or {}
+        for storage in _storages((*args, *kwargs.values())):
+            self.seen.setdefault(storage._cdata, storage)  # not made here: a weight, whose views are results below
+        result = func(*args, **kwargs)
+        for storage in _storages((result,)):
+            if storage._cdata not in self.seen:
+                self._count(storage)
         return result
 
     def _count(self, storage):
-        if storage._cdata in self.seen:
-            return
         self.seen[storage._cdata] = storage
         size = storage.nbytes()
         self.live += size
@@ -34,6 +36,14 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, size):
         self.live -= size
+
+
+def _storages(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()
+        elif isinstance(value, (tuple, list)):
+            yield from _storages(value)
 
 
 def matmul_flops(run) -> int:

@@ -5,12 +5,14 @@ Memory and speed of VRPO with QLoRA at the size of LLaDA-8B, on one GPU, without
 
 Makes a model of LLaDA-8B's exact shape with random weights, saves it under the published names (16 GB on disk), loads
 it back in nf4 and trains a LoRA (r = 16, all linear layers of the blocks) on one pair of 256 + 768 tokens a step, as
-`examples/vrpo_lora.py` does. Random weights cost what trained ones do. Prints peak memory, seconds per step, tokens per
-second and the share of the machine's measured bf16 matrix rate, with and without layer checkpointing and with a
-precomputed reference. `--tiny` runs the same path with a small model on the CPU, as a check of this script.
+`examples/vrpo_lora.py` does. Random weights cost what trained ones do. Prints peak memory, what `estimate_memory` says
+of it, seconds per step, tokens per second and the share of the machine's measured bf16 matrix rate, with and without
+layer checkpointing and with a precomputed reference. `--tiny` runs the same path with a small model on the CPU, where
+live bytes are counted, as a check of this script.
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from counters import machine
+from counters import LiveBytes, machine
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
@@ -153,10 +155,18 @@ def measure(checkpoint: Path, options: dict, args) -> dict:
         ),
         peft_config=LoraConfig(r=16, lora_alpha=32),
     )
-    trainer.train()
+    estimate = trainer._estimate_memory()
+    counter = contextlib.nullcontext() if torch.cuda.is_available() else LiveBytes()
+    with counter:
+        trainer.train()
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:  # what was there before is not counted
+        peak = counter.peak + estimate.blocks + estimate.embeddings + estimate.adapters
     seconds = watch.seconds[1:] or watch.seconds  # the first step warms up
     return {
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan"),
+        "peak": peak,
+        "estimate": estimate.total,
         "seconds": statistics.median(seconds),
         "spread": (min(seconds), max(seconds)),
         "config": trainer.model.get_base_model().config,
@@ -168,9 +178,10 @@ def report(name: str, result: dict, options: dict, args) -> None:
     flops = needed_flops(result["config"], args.draws, "precompute_ref_log_probs" in options)
     share = f"{flops / result['seconds'] / matmul_rate():.0%}" if torch.cuda.is_available() else "-"
     low, high = result["spread"]
+    memory = f"{result['peak'] / 1e9:.2f} | {result['estimate'] / 1e9:.2f}"
     print(
-        f"| {name} | {result['peak_gb']:.1f} | {result['seconds']:.2f} ({low:.2f}-{high:.2f}) | "
-        f"{tokens / result['seconds']:.0f} | {share} |",
+        f"| {name} | {memory} | {result['seconds']:.2f} ({low:.2f}-{high:.2f}) | {tokens / result['seconds']:.0f} | "
+        f"{share} |",
         flush=True,
     )
 
@@ -190,7 +201,8 @@ def main():
         report(args.variant, measure(args.checkpoint, VARIANTS[args.variant], args), VARIANTS[args.variant], args)
         return
     make_checkpoint(args.checkpoint, args.tiny)
-    print("| | peak GB | s / step (range) | tokens/s | share of bf16 matmul rate |\n|---|---|---|---|---|", flush=True)
+    columns = ("", "peak GB", "estimated GB", "s / step (range)", "tokens/s", "share of bf16 matmul rate")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     for name in VARIANTS:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--variant", name], check=True)
     print(f"\n{machine()}. K={args.draws}, {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens, one pair a step.")

@@ -125,7 +125,9 @@ def test_named_tests_and_functions_exist():
             assert f"\ndef {name}(" in text_of(f"tests/{file}"), f"{path.name}: {file}::{name}"
     tables = "".join(line for line in method.splitlines() if line.startswith("|"))
     for name in re.findall(
-        r"`((?:draws|schemes|control_variate|estimators|head|trainers|elbo_trainer|diagnostics)\.[\w.]+)`", tables
+        r"`((?:draws|schemes|control_variate|estimators|gradients|head|trainers|elbo_trainer|reference|diagnostics)"
+        r"\.[\w.]+)`",
+        tables,
     ):
         module, *rest = name.split(".")
         scope = ast.parse(text_of(f"trl_diffusion/{module}.py")).body
@@ -148,7 +150,8 @@ def test_python_blocks(name, is_tested, code):
 
 
 def test_some_blocks_are_run():
-    assert {name for name, is_tested, _ in BLOCKS if is_tested} == {"README.md", "adding-a-model.md"}
+    tested = {"README.md", "adding-a-model.md", "memory-and-speed.md"}
+    assert {name for name, is_tested, _ in BLOCKS if is_tested} == tested
 
 
 @pytest.mark.parametrize("config, expected", PAPERS.items())

@@ -1,19 +1,20 @@
 """Every way to compute the gradient gives that of plain autograd; what they cost is counted."""
 
-import gc
+import logging
+import re
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_pairs
 from counters import LiveBytes, matmul_flops
 from peft import LoraConfig, get_peft_model
-from test_head import cost_model, make_batch, scored
+from test_head import HidesEverything, cost_model, make_batch, peak_of_training, scored
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import LOSS_TYPES, OPTIONS, assert_same_gradients, make_trainer
 
 from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo
 from trl_diffusion.baselines import BASELINES
-from trl_diffusion.gradients import resolve_gradient_mode
+from trl_diffusion.gradients import choose_gradient_mode
 from trl_diffusion.models.families import FAMILIES
 
 MODES = ("immediate", "checkpoint", "graph")
@@ -114,26 +115,127 @@ def test_draws_that_mask_nothing(mode):
 
 
 def test_auto_is_immediate_for_adapters_and_checkpoint_for_all_weights():
-    assert resolve_gradient_mode("auto", wrapped().get_base_model()) == "immediate"
-    assert resolve_gradient_mode("auto", make_model()) == "checkpoint"
+    mode, reason = choose_gradient_mode("auto", wrapped().get_base_model())
+    assert mode == "immediate" and "only an adapter is trained" in reason and "not sharded" in reason
+    mode, reason = choose_gradient_mode("auto", make_model())
+    assert mode == "checkpoint" and "most weights are trained" in reason
 
 
-def test_reentrant_checkpointing_is_not_for_immediate():
-    model = wrapped().get_base_model()
+def reentrant(model):
     model.activation_checkpointing_enable({"use_reentrant": True})
-    assert resolve_gradient_mode("auto", model) == "checkpoint"
-    with pytest.raises(
-        ValueError, match="`elbo_gradient='immediate'` cannot be used: layer checkpointing is reentrant"
-    ):
-        resolve_gradient_mode("immediate", model)
 
 
-def test_sharded_weights_are_not_for_immediate():
+def sharded_by_deepspeed(model):
+    next(p for p in model.parameters() if p.requires_grad).ds_id = 0
+
+
+def sharded_by_fsdp(model):
+    next(p for p in model.parameters() if p.requires_grad).full_tensor = None
+
+
+OBSTACLES = [
+    (reentrant, "layer checkpointing is reentrant"),
+    (sharded_by_deepspeed, "the weights are sharded"),
+    (sharded_by_fsdp, "the weights are sharded"),
+]
+
+
+@pytest.mark.parametrize("obstruct, message", OBSTACLES)
+def test_obstacles_to_immediate(obstruct, message):
     model = wrapped().get_base_model()
-    next(p for p in model.parameters() if p.requires_grad).ds_id = 0  # as DeepSpeed marks them
-    assert resolve_gradient_mode("auto", model) == "checkpoint"
-    with pytest.raises(ValueError, match="the weights are sharded"):
-        resolve_gradient_mode("immediate", model)
+    obstruct(model)
+    mode, reason = choose_gradient_mode("auto", model)
+    assert mode == "checkpoint" and message in reason
+    with pytest.raises(ValueError, match=f"`elbo_gradient='immediate'` cannot be used: {message}.*'checkpoint'"):
+        choose_gradient_mode("immediate", model)
+
+
+def test_reentrant_layer_checkpointing_under_checkpoint_is_exact():
+    """What is advised against the obstacle."""
+    found = []
+    for layers in (None, True):
+        model, batch = wrapped(), make_batch()
+        base = model.get_base_model()
+        if layers:
+            base.activation_checkpointing_enable({"use_reentrant": True})
+            base.enable_input_require_grads()
+        scored(base, batch).log_probs.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_same_gradients(found[1], found[0], rtol=1e-5)
+
+
+def announcements(caplog):
+    return [r.getMessage() for r in caplog.records if "`elbo_gradient='auto'` is" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "peft_config, mode, reason",
+    [(lora(), "'immediate'", "only an adapter is trained"), (None, "'checkpoint'", "most weights are trained")],
+)
+def test_a_run_says_once_what_auto_is(tmp_path, caplog, peft_config, mode, reason):
+    with caplog.at_level(logging.INFO, logger="trl_diffusion"):
+        trainer = make_trainer(tmp_path, peft_config=peft_config, max_steps=2, eval_dataset=make_pairs(2))
+        trainer.evaluate()
+        assert not announcements(caplog)  # nothing is trained yet
+        trainer.train()
+    (said,) = announcements(caplog)
+    assert mode in said and reason in said
+
+
+def test_what_was_asked_for_is_not_announced(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="trl_diffusion"):
+        make_trainer(tmp_path, peft_config=lora(), max_steps=1, elbo_gradient="checkpoint").train()
+    assert not announcements(caplog)
+
+
+def test_the_choice_is_made_once(monkeypatch):
+    from trl_diffusion import head
+
+    asked = []
+    monkeypatch.setattr(head, "choose_gradient_mode", lambda *args: asked.append(1) or choose_gradient_mode(*args))
+    model, batch = wrapped().get_base_model(), make_batch()
+    scorer = head.ELBOHead(MaskSampler(2), mask_token_id=2)
+    for _ in range(3):
+        scorer(model, **batch)
+    assert asked == [1]
+
+
+class _Scaled:
+    """Stands for the scaler of fp16, which `accelerate launch --mixed_precision fp16` asks for too."""
+
+
+@pytest.mark.parametrize("elbo_gradient", ["auto", "immediate"])
+def test_a_scaled_loss_is_not_for_immediate(tmp_path, monkeypatch, caplog, elbo_gradient):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "scaler", _Scaled(), raising=False)
+    monkeypatch.setattr(Accelerator, "__setattr__", _unless_scaler)
+    options = {"peft_config": lora(), "elbo_gradient": elbo_gradient}
+    if elbo_gradient == "immediate":
+        with pytest.raises(ValueError, match="`elbo_gradient='immediate'` cannot be used: the loss is scaled"):
+            make_trainer(tmp_path, **options)
+        return
+    with caplog.at_level(logging.INFO, logger="trl_diffusion"):
+        trainer = make_trainer(tmp_path, **options)
+        gradients_of_two_micro_batches(trainer)
+    (said,) = announcements(caplog)
+    assert "'checkpoint'" in said and "fp16" in said
+
+
+def _unless_scaler(self, name, value):
+    if name != "scaler":
+        object.__setattr__(self, name, value)
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda terms: terms[:, 5:].sum(), lambda terms: terms.square().sum()], ids=["some tokens", "each its own"]
+)
+def test_losses_of_tokens_are_refused_under_immediate(loss):
+    batch = make_batch()
+    terms = scored(wrapped().get_base_model(), batch, elbo_gradient="immediate").log_probs
+    with pytest.raises(ValueError, match="`elbo_gradient='immediate'` knows the gradient of a response's ELBO.*tokens"):
+        loss(terms).backward()
+    loss(scored(wrapped().get_base_model(), batch, elbo_gradient="checkpoint").log_probs).backward()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +243,10 @@ def test_sharded_weights_are_not_for_immediate():
     [
         ({"elbo_gradient": "later"}, "`elbo_gradient` must be one of .*got 'later'"),
         ({"elbo_gradient": "immediate", "fp16": True}, "cannot be used with `fp16=True`.*bf16=True"),
+        (
+            {"elbo_gradient": "immediate", "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "cannot be used with `gradient_checkpointing_kwargs=.'use_reentrant': True.`.*'checkpoint'",
+        ),
     ],
 )
 def test_refusals(tmp_path, options, message):
@@ -155,40 +261,56 @@ def cost_batch():
     return make_batch((64, 48), prompt=16, vocab=599)
 
 
-@pytest.mark.parametrize("layers", [False, True])
-def test_immediate_computes_nothing_twice(layers):
+@pytest.mark.parametrize("layers, bound", [(False, 1.02), (True, 1.35)])
+def test_immediate_computes_nothing_twice(layers, bound):
     """
-    Needed for the policy: every frozen linear forward and the gradient of its input, 2 passes; the adapters forward and
-    both gradients, 3; and the head forward and, in its kernel, the tile once more, and the gradient of its input. With
-    layer checkpointing the blocks run forward once more.
+    Needed for a step: every frozen linear forward, for the policy and for the reference, and the gradient of its input;
+    the adapters forward and both gradients; the head as the frozen linears. The kernel of the head computes its tile
+    once more, layer checkpointing the blocks. The first block's input needs no gradient, as the embedding is frozen.
     """
     model, batch, sampler = wrapped(cost_model()), cost_batch(), MaskSampler(8)
     base = model.get_base_model()
     if layers:
         base.activation_checkpointing_enable()
-    counted = matmul_flops(lambda: scored(base, batch, sampler).log_probs.sum().backward())
+
+    def step():
+        with torch.no_grad(), model.disable_adapter():
+            scored(base, batch, sampler)
+        scored(base, batch, sampler).log_probs.sum().backward()
+
+    counted = matmul_flops(step)
     frozen = sum(p.numel() for n, p in model.named_parameters() if "base_layer" in n)
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
+    head = base.get_output_embeddings().weight.numel()
     tokens = 8 * int(batch["attention_mask"].sum())
     masked = int(sampler(batch["labels"] != -100, batch["input_ids"], batch["attention_mask"], 1).masked.sum())
-    head = base.get_output_embeddings().weight.numel()
-    needed = 2 * ((2 + layers) * frozen * tokens + (3 + layers) * adapters * tokens + 3 * head * masked)
-    # Autograd leaves out the gradient of the first block's input, since the embedding is frozen
-    assert 0.97 * needed <= counted <= needed
+    first = [m for n, m in model.named_modules() if re.search(r"blocks\.0\.[qkv]_proj$", n)]
+    not_needed = sum(m.base_layer.weight.numel() + m.lora_A["default"].weight.numel() for m in first)
+    needed = 2 * (3 * frozen * tokens + 3 * adapters * tokens + 3 * head * masked)
+    twice = 2 * (head * masked + layers * (frozen + adapters) * tokens)
+    exact = needed + twice - 2 * not_needed * tokens
+    # Layer checkpointing stops before the last product of a block, whose result nothing needs
+    last = layers * sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("ff_out.lora_B.default"))
+    assert counted == exact - 2 * last * tokens
+    assert counted <= bound * needed
 
 
 @pytest.mark.parametrize("layers", [False, True])
 def test_memory_of_immediate_does_not_grow_with_the_number_of_draws(layers):
-    model, batch = wrapped(cost_model()), cost_batch()
+    model, batch = wrapped(cost_model()), make_batch((64,), prompt=16, vocab=599)
     base = model.get_base_model()
     if layers:
         base.activation_checkpointing_enable()
-    peaks = []
-    for num_mc_samples in (1, 4, 32):
-        gc.collect()
-        with LiveBytes() as memory:
-            scored(
-                base, batch, MaskSampler(num_mc_samples, stratify=True), draws_per_forward=1
-            ).log_probs.sum().backward()
-        peaks.append(memory.peak)
-    assert peaks[2] <= 1.05 * peaks[1]
+    few, many = (peak_of_training(base, batch, number, draws_per_forward=1).peak for number in (2, 32))
+    assert many <= 1.02 * few
+
+
+def test_immediate_keeps_a_tenth_of_what_the_direct_way_keeps():
+    """At equal draws: the definition, with full logits and every graph kept until the backward."""
+    model, batch = wrapped(cost_model()), cost_batch()
+    base, maskable = model.get_base_model(), batch["labels"] != -100
+    draws = HidesEverything(16)(maskable, batch["input_ids"], batch["attention_mask"])
+    ours = peak_of_training(base, batch, 16, draws_per_forward=1).peak
+    with LiveBytes() as direct:
+        elbo(base, batch["input_ids"], maskable, batch["attention_mask"], draws=draws).value.sum().backward()
+    assert ours <= direct.peak / 10

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .diagnose import diagnose_variance
     from .draws import MaskDraws, MaskSampler, draw_masks
     from .estimators import ELBO, elbo
+    from .memory import MemoryEstimate, estimate_memory
     from .models import LLaDAConfig, LLaDAModelLM
     from .trainers import DiffusionVRPOTrainer, ELBOKTOTrainer
     from .variance_report import VarianceReport
@@ -33,10 +34,12 @@ _HOMES = {
     "LLaDAModelLM": "models",
     "MaskDraws": "draws",
     "MaskSampler": "draws",
+    "MemoryEstimate": "memory",
     "VarianceReport": "variance_report",
     "diagnose_variance": "diagnose",
     "draw_masks": "draws",
     "elbo": "estimators",
+    "estimate_memory": "memory",
 }
 
 __all__ = [
@@ -50,11 +53,13 @@ __all__ = [
     "LLaDAModelLM",
     "MaskDraws",
     "MaskSampler",
+    "MemoryEstimate",
     "VarianceReport",
     "__version__",
     "diagnose_variance",
     "draw_masks",
     "elbo",
+    "estimate_memory",
 ]
 
 # The minor versions of TRL that the seam was tested on; the same range as in pyproject.toml

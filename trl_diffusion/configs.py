@@ -46,6 +46,12 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
         draw_seed (`int`, *optional*):
             Seed of the mask draws. Defaults to `seed`.
 
+        > Parameters that control the reference
+
+        num_reference_draw_sets (`int`, *optional*, defaults to `1`):
+            Number of sets of draws that `precompute_ref_log_probs=True` scores the reference on. Epochs take the sets
+            in turn. With one set every epoch has the same draws.
+
         > Parameters that control the memory
 
         draws_per_forward (`int`, *optional*):
@@ -165,6 +171,12 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
             Whether the policy and the reference are scored on the same masks. Turning it off is for ablations.
         draw_seed (`int`, *optional*):
             Seed of the mask draws. Defaults to `seed`.
+
+        > Parameters that control the reference
+
+        num_reference_draw_sets (`int`, *optional*, defaults to `1`):
+            Number of sets of draws that `precompute_ref_log_probs=True` scores the reference on. Epochs take the sets
+            in turn. With one set every epoch has the same draws.
 
         > Parameters that control the memory
 

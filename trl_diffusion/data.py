@@ -148,3 +148,18 @@ def refuse_columns(dataset: Any, refused: tuple[str, ...], name: str) -> None:
             f"The {name} dataset has columns {columns}. Reference scores are valid only for the draws they were "
             "computed on: remove the columns, and set `precompute_ref_log_probs=True` to have them computed here."
         )
+
+
+def longest_example(dataset: Any, completion_columns: tuple[str, ...]) -> tuple[int, int] | None:
+    """Tokens of the longest prompt with its completion, and of the longest completion; None if rows are streamed."""
+    if not isinstance(dataset, Dataset):
+        return None
+    whole, completion = 0, 0
+    rows = dataset.select_columns(["prompt_ids", *completion_columns]).with_format("numpy")
+    for batch in rows.iter(1000):
+        prompts = [len(ids) for ids in batch["prompt_ids"]]
+        for column in completion_columns:
+            lengths = [len(ids) for ids in batch[column]]
+            completion = max(completion, *lengths)
+            whole = max(whole, *(a + b for a, b in zip(prompts, lengths, strict=True)))
+    return whole, completion

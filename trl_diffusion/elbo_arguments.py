@@ -1,5 +1,6 @@
 """Training arguments of the estimator, which every trainer of this package adds to its TRL parent's."""
 
+import math
 from dataclasses import dataclass, field
 
 from .control_variate import ControlVariate
@@ -66,6 +67,15 @@ class ELBOArguments:
         metadata={"help": "Seed of the mask draws. Defaults to `seed`."},
     )
 
+    # Parameters that control the reference
+    num_reference_draw_sets: int = field(
+        default=1,
+        metadata={
+            "help": "Number of sets of draws that `precompute_ref_log_probs=True` scores the reference on. Epochs take "
+            "the sets in turn. With one set every epoch has the same draws."
+        },
+    )
+
     # Parameters that control the memory
     draws_per_forward: int | None = field(
         default=None,
@@ -116,13 +126,42 @@ class ELBOArguments:
             raise ValueError(f"`draws_per_forward` must be at least 1, got {self.draws_per_forward}.")
         if self.elbo_gradient not in GRADIENT_MODES:
             raise ValueError(f"`elbo_gradient` must be one of {GRADIENT_MODES}, got {self.elbo_gradient!r}.")
-        if self.elbo_gradient == "immediate" and getattr(self, "fp16", False):
+        if self.elbo_gradient == "immediate":
+            self._check_immediate()
+        self._check_reference_draw_sets()
+        if self.adapter_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`adapter_dtype` must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}.")
+
+    def _check_reference_draw_sets(self) -> None:
+        sets = self.num_reference_draw_sets
+        if sets < 1:
+            raise ValueError(f"`num_reference_draw_sets` must be at least 1, got {sets}. The default is 1.")
+        if sets > 1 and not getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                f"`num_reference_draw_sets={sets}` is for `precompute_ref_log_probs=True`; a reference that is scored "
+                "at every step meets new draws at every step. Leave it at its default, 1."
+            )
+        epochs = getattr(self, "num_train_epochs", sets)
+        if sets > 1 and sets > math.ceil(epochs) and getattr(self, "max_steps", -1) <= 0:
+            raise ValueError(
+                f"`num_reference_draw_sets={sets}` is more than `num_train_epochs={epochs}`: each epoch takes one "
+                "set, and the others would be computed for nothing. Lower the first or raise the second."
+            )
+
+    def _check_immediate(self) -> None:
+        """What of the obstacles can be seen already."""
+        if getattr(self, "fp16", False):
             raise ValueError(
                 "`elbo_gradient='immediate'` cannot be used with `fp16=True`: its inner backward runs before the loss "
                 "is scaled. Set `bf16=True`, or `elbo_gradient='checkpoint'`."
             )
-        if self.adapter_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`adapter_dtype` must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}.")
+        kwargs = getattr(self, "gradient_checkpointing_kwargs", None)
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise ValueError(
+                "`elbo_gradient='immediate'` cannot be used with `gradient_checkpointing_kwargs={'use_reentrant': "
+                "True}`, which an inner backward cannot go through. Set `use_reentrant` to `False`, or "
+                "`elbo_gradient='checkpoint'`."
+            )
 
     def _check_control_variate(self) -> None:
         if self.control_variate not in CONTROL_VARIATES:
@@ -163,8 +202,3 @@ class ELBOArguments:
             f"{', pairs coupled' if self.couple_pairs else ''}, {'shared' if self.share_draws else 'not shared'} "
             "between the policy and the reference"
         )
-
-    def gradient_mode(self) -> str:
-        """What is asked of the head; the immediate gradient cannot be had where the loss is scaled (`fp16`)."""
-        fp16 = getattr(self, "fp16", False)
-        return "checkpoint" if fp16 and self.elbo_gradient == "auto" else self.elbo_gradient

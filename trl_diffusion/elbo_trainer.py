@@ -2,65 +2,50 @@
 What the trainers of this package share: TRL's trainer, with a Monte Carlo ELBO in the place of the log-probability.
 
 What is overridden, in the order in which a run meets it: how the model gets its scoring head (constructor), which rows
-reach it (`_prepare_dataset`), under which key reference values are stored (`_precompute_ref_logps`), which draws the
-policy and the reference meet (`_draw_nonces`). Losses, references, adapters, checkpoints and the loop are TRL's own.
+reach it (`_prepare_dataset`), which draws the policy and the reference meet (`reference.py`). Losses, references,
+adapters, checkpoints and the loop are TRL's own.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets.fingerprint import Hasher
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ._trl import is_conversational, seam, seam_function
 from .adapters import adapter_precision, cast_adapters, fitting_get_peft_model, keep_differentiable
 from .data import append_eos, drop_unusable_rows, ending_token_ids, refuse_columns
 from .diagnostics import ScoreDiagnostics
 from .draws import MaskDraws
+from .gradients import SCALED, SHARDED, refuse_immediate
 from .head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head, has_elbo_head
+from .memory_check import MemoryCheckMixin
 from .model_card import write_model_card
 from .models.families import FAMILIES, check_denoiser, family_of, resolve_mask_token_id, use_training_template
+from .reference import ReferenceMixin
 from .running_means import RunningKappaCallback
-
-if TYPE_CHECKING:  # what the mixin is put in front of
-    from ._trl import DPOTrainer as _TRLTrainer
-else:
-    _TRLTrainer = object
 
 logger = get_logger(__name__)
 Callback = TypeVar("Callback")
 
-# Added to the step for the policy's own draws when draws are not shared with the reference
-_UNSHARED = 1 << 40
 
-
-class ELBOTrainerMixin(_TRLTrainer):
+class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
     """
     Put in front of a TRL trainer, makes its log-probabilities ELBOs. The subclasses are final.
 
     Attributes:
         _trl_module: module of the TRL trainer, where the seam is.
         _config_class: configuration of the trainer.
-        _completion_columns: columns of completion ids that TRL's tokenisation makes.
-        _reference_columns: names under which TRL reads reference values from a batch.
-        _precompute_model_hash: TRL's key of the reference model.
-        precompute_ref_logps: whether TRL reads reference values from the batch.
     """
 
     _trl_module: ClassVar[str]
     _config_class: ClassVar[type]
-    _completion_columns: tuple[str, ...]
-    _reference_columns: tuple[str, ...]
-    _precompute_model_hash: str
-    precompute_ref_logps: bool
 
     def __init__(
         self,
@@ -156,14 +141,25 @@ class ELBOTrainerMixin(_TRLTrainer):
                 "The two have to be scored on the same input: use a reference of the same family and vocabulary."
             )
         check_denoiser(model, mask_token_id)  # the reference may have come from elsewhere
+        obstacle = self._obstacle_to_immediate()
+        if self.args.elbo_gradient == "immediate":
+            refuse_immediate(obstacle)
         head = ELBOHead(
             sampler=self._draw,
             mask_token_id=mask_token_id,
             draws_per_forward=self.args.draws_per_forward,
-            elbo_gradient=self.args.gradient_mode(),
+            elbo_gradient=self.args.elbo_gradient,
+            obstacle=obstacle,
+            announce=logger.info,
             observer=self._diagnostics.observe,
         )
         add_elbo_head(model, head)
+
+    def _obstacle_to_immediate(self) -> str:
+        """Mixed precision and sharding may be asked for outside the arguments, by `accelerate launch`."""
+        if self.accelerator.scaler is not None:
+            return SCALED
+        return SHARDED if self.is_fsdp_enabled or is_deepspeed_zero3_enabled() else ""
 
     # Data
 
@@ -200,27 +196,7 @@ class ELBOTrainerMixin(_TRLTrainer):
         args.max_length = None
         return args
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        # TRL keys what it stores by the dataset and the model; an ELBO depends on the draws as well
-        model_hash = self._precompute_model_hash
-        self._precompute_model_hash = Hasher.hash((model_hash, self._sampler.key, self.args.max_length))
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self._precompute_model_hash = model_hash
-
     # Scoring
-
-    def _draw_nonces(self, mode: str) -> tuple[int, int]:
-        """
-        Draws of the policy and of the reference: the same for both, new for every step.
-
-        Evaluation has one set of draws, so that two checkpoints meet the same noise; so has training against a
-        precomputed reference, whose values are valid for the draws they were computed on.
-        """
-        step = FIXED_NONCE if mode == "eval" else self.state.global_step + 1
-        reference = FIXED_NONCE if self.precompute_ref_logps else step
-        return (reference if self.args.share_draws else step + _UNSHARED), reference
 
     def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
         """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
@@ -238,22 +214,6 @@ class ELBOTrainerMixin(_TRLTrainer):
         """The callback of a kind that keeps a running state; a resumed run has made a new one."""
         found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
         return found[0] if found else None
-
-    @contextmanager
-    def _with_reference(self, inputs: dict[str, Any], nonce: int) -> Iterator[dict[str, Any]]:
-        """Score the reference on the draws of `nonce`, and let TRL read the result as if it had been precomputed."""
-        if self.precompute_ref_logps:
-            yield inputs
-            return
-        reference = self.compute_ref_log_probs(partial(self.ref_model or self.model, draw_nonce=nonce), inputs)
-        scored = {
-            name: value for name, value in zip(self._reference_columns, reference, strict=True) if value is not None
-        }
-        self.precompute_ref_logps = True
-        try:
-            yield {**inputs, **scored}
-        finally:
-            self.precompute_ref_logps = False
 
     def _log_metrics(self, mode: str, metrics: dict[str, torch.Tensor]) -> None:
         """Log means over all processes, of a number for each row or of one for the whole batch."""

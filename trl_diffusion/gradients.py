@@ -26,27 +26,46 @@ Score = Callable[[torch.Tensor], torch.Tensor]
 Gradient = tuple[torch.Tensor, ...]
 
 
-def resolve_gradient_mode(mode: str, model: torch.nn.Module) -> str:
+SHARDED = "the weights are sharded (FSDP, ZeRO-3) and gathered by hooks that an inner backward does not run"
+SCALED = "the loss is scaled (fp16), and an inner backward runs before the scale is known"
+
+
+def choose_gradient_mode(mode: str, model: torch.nn.Module, obstacle: str = "") -> tuple[str, str]:
     """
-    What `"auto"` means for a model: immediate where only an adapter is trained, else checkpoint.
+    What a mode means for a model, and why: `"auto"` is immediate where only an adapter is trained, else checkpoint.
+
+    Args:
+        mode: one of [`GRADIENT_MODES`].
+        model: whose weights are trained.
+        obstacle: what else is known against an immediate gradient.
 
     Raises:
         ValueError: `"immediate"` where it cannot be exact.
     """
-    obstacle = _obstacle_to_immediate(model)
-    if mode == "immediate" and obstacle:
-        raise ValueError(f"`elbo_gradient='immediate'` cannot be used: {obstacle}. Set `elbo_gradient='checkpoint'`.")
-    if mode != "auto":
-        return mode
+    if mode not in ("auto", "immediate"):
+        return mode, "it was asked for"
+    obstacle = obstacle or _obstacle_to_immediate(model)
+    if mode == "immediate":
+        refuse_immediate(obstacle)
+        return mode, "it was asked for"
+    if obstacle:
+        return "checkpoint", obstacle
     trainable = sum(p.numel() for p in trainable_parameters(model))
-    is_adapter = 2 * trainable < sum(p.numel() for p in model.parameters())
-    return "immediate" if is_adapter and not obstacle else "checkpoint"
+    if 2 * trainable < sum(p.numel() for p in model.parameters()):
+        return "immediate", "only an adapter is trained, and its weights are not sharded"
+    return "checkpoint", "most weights are trained, and a gradient of them for each response would not fit"
+
+
+def refuse_immediate(obstacle: str) -> None:
+    """Raise if there is an obstacle to `elbo_gradient="immediate"`."""
+    if obstacle:
+        raise ValueError(f"`elbo_gradient='immediate'` cannot be used: {obstacle}. Set `elbo_gradient='checkpoint'`.")
 
 
 def _obstacle_to_immediate(model: torch.nn.Module) -> str:
     """Why a gradient taken inside the forward would not be that of the weights; empty if it is."""
     if any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in trainable_parameters(model)):
-        return "the weights are sharded (FSDP, ZeRO-3) and gathered by hooks that an inner backward does not run"
+        return SHARDED
     for module in model.modules():
         kwargs = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if getattr(module, "gradient_checkpointing", False) and kwargs.get("use_reentrant"):
@@ -84,8 +103,9 @@ def score_with_gradient(
     for chunk, weight in zip(chunks, weights, strict=True):
         with torch.enable_grad():
             scored = score(chunk)
-            found = torch.autograd.grad((scored * weight).sum(), parameters, allow_unused=True)
-        for buffer, gradient in zip(total, found, strict=True):
+            elbo = (scored * weight).sum()
+        # Not kept in a variable: it would be there during the next chunk
+        for buffer, gradient in zip(total, torch.autograd.grad(elbo, parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 buffer += gradient
         log_probs.append(scored.detach())
@@ -93,36 +113,50 @@ def score_with_gradient(
 
 
 def carry_gradients(
-    terms: torch.Tensor, places: torch.Tensor, gradients: Sequence[Gradient], parameters: list[torch.nn.Parameter]
+    terms: torch.Tensor, maskable: torch.Tensor, gradients: Sequence[Gradient], parameters: list[torch.nn.Parameter]
 ) -> torch.Tensor:
     """
     Attach known gradients to detached ELBO terms, so that a loss of their sums over tokens has the right gradient.
 
     Args:
         terms: `(B, L)` ELBO terms.
-        places: `(B,)` a token of each response, whose term carries the row's gradient. A loss that treats the tokens
-            of a response differently would be wrong.
+        maskable: `(B, L)` the tokens of each response.
         gradients: of each row's ELBO.
         parameters: what they are gradients of.
+
+    Returns:
+        `(B, L)` the terms. The backward raises `ValueError` for a loss that treats the tokens of a response
+        differently, whose gradient is not known.
     """
-    zero = _Known.apply(gradients, terms.dtype, *parameters)
-    return terms.scatter_add(1, places.unsqueeze(1), zero.unsqueeze(1))
+    return _Known.apply(terms, maskable, gradients, *parameters)
 
 
 class _Known(torch.autograd.Function):
-    """Zeros `(B,)` whose gradients are known: row b's is `gradients[b]`."""
+    """ELBO terms whose sum over row b has the gradient `gradients[b]`."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Gradient], dtype: torch.dtype, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients, ctx.dtypes = gradients, [parameter.dtype for parameter in parameters]
-        return torch.zeros(len(gradients), dtype=dtype, device=parameters[0].device)
+    def forward(
+        ctx: Any,
+        terms: torch.Tensor,
+        maskable: torch.Tensor,
+        gradients: Sequence[Gradient],
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.maskable, ctx.gradients, ctx.dtypes = maskable, gradients, [parameter.dtype for parameter in parameters]
+        return terms.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scales = grad_output.gather(1, ctx.maskable.int().argmax(1, keepdim=True))  # (B, 1), of the first token
+        if bool((((grad_output - scales).abs() > 0) & ctx.maskable).any()):
+            raise ValueError(
+                "`elbo_gradient='immediate'` knows the gradient of a response's ELBO, and this loss weighs the tokens "
+                "of a response differently. Set `elbo_gradient='checkpoint'`."
+            )
         totals = []
         for i, parameter_dtype in enumerate(ctx.dtypes):
-            scaled = [scale * row[i] for scale, row in zip(grad_output, ctx.gradients, strict=True)]
+            scaled = [scale * row[i] for scale, row in zip(scales, ctx.gradients, strict=True)]
             totals.append(torch.stack(scaled).sum(0).to(parameter_dtype))
         del ctx.gradients
-        return (None, None, *totals)
+        return (None, None, None, *totals)

@@ -13,9 +13,10 @@ All K forwards happen inside one call of the wrapped model, so DDP and FSDP see 
 
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from .draws import MaskDraws
 from .estimators import ELBO, noise_inputs, weigh
 from .gradients import (
     carry_gradients,
-    resolve_gradient_mode,
+    choose_gradient_mode,
     score_with_gradient,
     score_with_graph,
     trainable_parameters,
@@ -34,7 +35,7 @@ from .models.families import family_of
 
 # The draws of precomputed reference values and of evaluation. Training steps count from one.
 FIXED_NONCE = 0
-_VOCABULARY_TILE = 32768
+VOCABULARY_TILE = 32768  # columns of the output head that are multiplied together
 _TOKENS_PER_FORWARD = 1024
 
 
@@ -63,6 +64,8 @@ class ELBOHead:
         draws_per_forward: draws of one response that run together as the rows of one forward. By default as many as
             fit in a budget of tokens.
         elbo_gradient: how gradients are computed, one of [`GRADIENT_MODES`].
+        obstacle: what is known against an immediate gradient, beyond what the model shows.
+        announce: told once what `elbo_gradient="auto"` has picked, and why.
         observer: called with the output of every request, for diagnostics.
     """
 
@@ -70,7 +73,12 @@ class ELBOHead:
     mask_token_id: int
     draws_per_forward: int | None = None
     elbo_gradient: str = "auto"
+    obstacle: str = ""
+    announce: Callable[[str], None] | None = None
     observer: Callable[[ELBOHeadOutput], None] | None = None
+    _chosen: WeakKeyDictionary[torch.nn.Module, tuple[str, list[torch.nn.Parameter]]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     def __call__(
         self,
@@ -106,27 +114,48 @@ class ELBOHead:
         return output
 
     def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
-        mode = resolve_gradient_mode(self.elbo_gradient, model)
+        mode, parameters = self._gradient_mode(model)
         responses = [
             self._response(model, *row)
             for row in zip(input_ids, real, draws.masked.unbind(1), draws.weight.unbind(1), strict=True)
         ]
-        if mode != "immediate" or not torch.is_grad_enabled():
+        if mode != "immediate":
             return weigh(_place([score_with_graph(score, masks, mode) for score, masks, _ in responses], real), draws)
-        parameters = trainable_parameters(model)
         scored, gradients = zip(
             *(score_with_gradient(score, masks, weights, parameters) for score, masks, weights in responses),
             strict=True,
         )
         elbo = weigh(_place(scored, real), draws)
-        first = maskable.int().argmax(1)
-        return replace(elbo, terms=carry_gradients(elbo.terms, first, gradients, parameters))
+        return replace(elbo, terms=carry_gradients(elbo.terms, maskable, gradients, parameters))
+
+    def _gradient_mode(self, model) -> tuple[str, list[torch.nn.Parameter]]:
+        """How, and by what, to differentiate: settled at the first forward with a gradient, the weights in place."""
+        if not torch.is_grad_enabled():
+            return "graph", []
+        if model not in self._chosen:
+            mode, reason = choose_gradient_mode(self.elbo_gradient, model, self.obstacle)
+            self._chosen[model] = mode, trainable_parameters(model)
+            if self.elbo_gradient == "auto" and self.announce is not None:
+                self.announce(f"`elbo_gradient='auto'` is {mode!r} here: {reason}.")
+        return self._chosen[model]
 
     def _response(self, model, ids, real, masked, weight):
         """How one response of exact length T is scored: a function of masks `(k, T)`; masks and weights by chunk."""
-        size = self.draws_per_forward or max(1, _TOKENS_PER_FORWARD // int(real.sum()))
+        size = draws_per_chunk(int(real.sum()), self.draws_per_forward)
         score = partial(_score_draws, model, ids[real], mask_token_id=self.mask_token_id)
         return score, masked[:, real].split(size), weight[:, real].split(size)
+
+
+def draws_per_chunk(length: int, draws_per_forward: int | None) -> int:
+    """How many draws of a response of `length` tokens run together."""
+    return draws_per_forward or max(1, _TOKENS_PER_FORWARD // length)
+
+
+def largest_chunk(longest: int, num_mc_samples: int, draws_per_forward: int | None) -> int:
+    """Tokens of the largest chunk that responses of up to `longest` tokens make; shorter ones may fill the budget."""
+    if draws_per_forward is not None:
+        return min(draws_per_forward, num_mc_samples) * longest
+    return max(longest, min(_TOKENS_PER_FORWARD, num_mc_samples * longest))
 
 
 def add_elbo_head(model: PreTrainedModel, head: ELBOHead) -> None:
@@ -173,7 +202,7 @@ def _score_draws(model, ids, masked, *, mask_token_id):
     targets = ids.expand(masked.shape)[masked].to(weight.device)
     with maybe_gather_lm_head_ctx(weight, bias):
         log_probs = ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, 1.0, min(_VOCABULARY_TILE, weight.shape[0]), None, 1.0, ()
+            hidden, weight, bias, targets, 1.0, min(VOCABULARY_TILE, weight.shape[0]), None, 1.0, ()
         )[0]
     log_probs = log_probs.to(masked.device)
     return log_probs.new_zeros(masked.shape).masked_scatter(masked, log_probs)

@@ -82,6 +82,7 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
     _trl_module = "trl.trainer.dpo_trainer"
     _config_class = DiffusionVRPOConfig
     _completion_columns = ("chosen_ids", "rejected_ids")
+    _responses_per_row = 2
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
@@ -156,6 +157,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
     _trl_module = "trl.trainer.kto_trainer"
     _config_class = ELBOKTOConfig
     _reference_columns = ("ref_logps", "ref_KL_logps")
+    _responses_per_row = 1
 
     @contextmanager
     def _constructing(self, args: ELBOKTOConfig) -> Iterator[None]:

@@ -1,0 +1,222 @@
+"""A reference that is scored before training: on which draws, for how long, and what is stored of it."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_pairs
+from datasets import load_from_disk
+from peft import LoraConfig
+from test_kto import make_feedback
+from test_kto import make_trainer as make_kto_trainer
+from test_trainers import batch_of, make_trainer
+
+from trl_diffusion import DiffusionVRPOConfig, reference
+
+RUN = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+# (trainer, rows, options): each kind of batch that carries reference values
+KINDS = [
+    pytest.param(make_trainer, make_pairs, {}, id="vrpo"),
+    pytest.param(make_kto_trainer, make_feedback, {"baseline": "batch_mean"}, id="kto"),
+    pytest.param(make_kto_trainer, make_feedback, {"baseline": "kl"}, id="kto with mismatched pairs"),
+]
+
+
+def on_disk(dataset, folder):
+    """Values are stored beside the rows, which a dataset in memory does not have."""
+    dataset.save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def move_from_the_reference(*trainers):
+    """All to the same adapter."""
+    for trainer in trainers:
+        torch.manual_seed(0)
+        for parameter in (p for p in trainer.model.parameters() if p.requires_grad):
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def stored(trainer):
+    columns = [name for name in trainer._reference_columns if name in trainer.train_dataset.column_names]
+    return {name: torch.tensor(trainer.train_dataset[name]) for name in columns}
+
+
+def count_scored(monkeypatch, stop_at=None):
+    """Number of batches that the reference has scored; raises before one of them, as an interruption would."""
+    scored, parent = [], reference.ReferenceMixin.compute_ref_log_probs
+
+    def counting(self, model, inputs):
+        if len(scored) == stop_at:
+            raise KeyboardInterrupt
+        scored.append(len(inputs["input_ids"]))
+        return parent(self, model, inputs)
+
+    monkeypatch.setattr(reference.ReferenceMixin, "compute_ref_log_probs", counting)
+    return scored
+
+
+# Draws
+
+
+@pytest.mark.parametrize("make, rows, options", KINDS)
+def test_epochs_take_the_stored_sets_in_turn(tmp_path, make, rows, options):
+    """The losses of a run that scores the reference in each step, on the draws of the epoch's set; exactly."""
+    options = {**RUN, **options, "num_train_epochs": 3}
+    trainer = make(
+        tmp_path,
+        peft_config=LoraConfig(r=4),
+        dataset=rows(4),
+        precompute_ref_log_probs=True,
+        num_reference_draw_sets=2,
+        **options,
+    )
+    live = make(tmp_path, peft_config=LoraConfig(r=4), dataset=rows(4), **options)
+    move_from_the_reference(trainer, live)
+    live._draw_nonces = lambda mode: (live.state.global_step % 2,) * 2  # one step an epoch
+    trainer.train()
+    live.train()
+    assert len(losses(trainer)) == 3
+    assert losses(trainer) == losses(live)
+
+
+def test_one_set_is_that_of_evaluation(tmp_path):
+    trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, num_reference_draw_sets=3, **RUN | {"max_steps": 1})
+    one = make_trainer(tmp_path, precompute_ref_log_probs=True)
+    for name, values in stored(trainer).items():
+        assert values.shape == (6, 3)
+        assert torch.equal(values[:, 0], stored(one)[name])
+        assert not torch.equal(values[:, 1], values[:, 0])
+
+
+def test_evaluation_has_one_set(tmp_path):
+    options = {"peft_config": LoraConfig(r=4), "eval_dataset": {"a": make_pairs(4), "train": make_pairs(3)}}
+    trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, num_reference_draw_sets=2, max_steps=3, **options)
+    live = make_trainer(tmp_path, **options)
+    move_from_the_reference(trainer, live)
+    trainer.state.epoch = 1.0  # the second set's turn in training
+    found, expected = trainer.evaluate(), live.evaluate()
+    for key in ("eval_a_loss", "eval_train_loss"):
+        assert found[key] == expected[key] != torch.tensor(2.0).log().item()
+
+
+def test_a_run_that_is_resumed_in_its_second_epoch_takes_the_second_set(tmp_path):
+    def run(folder, until, resume=False):
+        trainer = make_trainer(
+            folder,
+            peft_config=LoraConfig(r=4),
+            precompute_ref_log_probs=True,
+            num_reference_draw_sets=2,
+            save_strategy="steps",
+            save_steps=1,
+            lr_scheduler_type="constant",
+            **RUN | {"max_steps": until},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+    whole = run(tmp_path / "whole", 4)
+    for until in (2, 3, 4):  # cut between the epochs, and inside the second
+        resumed = run(tmp_path / "cut", until, resume=until > 2)
+    assert resumed == whole
+
+
+# What is stored
+
+
+@pytest.mark.parametrize("make, rows, options", KINDS)
+def test_interrupted_scoring_goes_on_where_it_stopped(tmp_path, monkeypatch, make, rows, options):
+    monkeypatch.setattr(reference, "_ROWS_PER_PART", 4)
+    options = {**options, **RUN, "precompute_ref_log_probs": True, "num_reference_draw_sets": 2}
+    uncut = stored(make(tmp_path, dataset=rows(6), **options))
+    dataset = on_disk(rows(6), tmp_path / "rows")
+    with monkeypatch.context() as context:
+        scored = count_scored(context, stop_at=4)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, dataset=dataset, **options)
+        assert len(scored) == 4  # both parts of the first set, and half of a part of the second
+    with monkeypatch.context() as context:
+        scored = count_scored(context)
+        resumed = stored(make(tmp_path, dataset=dataset, **options))
+        assert len(scored) == 3  # the second set
+    with monkeypatch.context() as context:
+        scored = count_scored(context)
+        again = stored(make(tmp_path, dataset=dataset, **options))
+        assert not scored
+    assert uncut.keys() == resumed.keys() and uncut
+    for name, values in uncut.items():
+        assert torch.equal(resumed[name], values) and torch.equal(again[name], values)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_mc_samples": 2}, {"seed": 7}, {"mask_scheme": "bernoulli"}, {"stratify": False}], ids=str
+)
+def test_another_estimator_does_not_find_them(tmp_path, monkeypatch, options):
+    dataset = on_disk(make_pairs(), tmp_path / "rows")
+    make_trainer(tmp_path, dataset=dataset, precompute_ref_log_probs=True)
+    scored = count_scored(monkeypatch)
+    make_trainer(tmp_path, dataset=dataset, precompute_ref_log_probs=True)
+    assert not scored
+    make_trainer(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
+    assert len(scored) == 2
+
+
+def test_another_model_does_not_find_them(tmp_path, monkeypatch):
+    dataset, scored = on_disk(make_pairs(), tmp_path / "rows"), count_scored(monkeypatch)
+    options = {"peft_config": LoraConfig(r=4), "dataset": dataset, "precompute_ref_log_probs": True}
+    one, again, other = (stored(make_trainer(tmp_path, make_model(seed=seed), **options)) for seed in (0, 0, 1))
+    assert len(scored) == 4
+    for name, values in one.items():
+        assert torch.equal(again[name], values) and not torch.equal(other[name], values)
+
+
+@pytest.mark.parametrize("damage", ["cut", "not a number"])
+@pytest.mark.parametrize("make, rows, options", [KINDS[0], KINDS[2]])
+def test_damaged_values_are_computed_again(tmp_path, monkeypatch, caplog, make, rows, options, damage):
+    dataset = on_disk(rows(6), tmp_path / "rows")
+    before = set((tmp_path / "rows").iterdir())
+    trainer = make(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
+    (file,) = [f for f in set((tmp_path / "rows").iterdir()) - before if holds_reference_values(f)]
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-200])
+    else:
+        values = torch.tensor(next(iter(stored(trainer).values()))[0].item()).numpy().tobytes()
+        content = file.read_bytes()
+        assert content.count(values) == 1
+        file.write_bytes(content.replace(values, torch.tensor(torch.nan).numpy().tobytes()))
+    scored = count_scored(monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="trl_diffusion"):
+        again = make(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
+    assert scored and "train dataset are damaged and computed again" in caplog.text
+    for name, values in stored(trainer).items():
+        assert torch.equal(stored(again)[name], values)
+    assert reference._is_whole(str(file), 6)
+
+
+def holds_reference_values(file: Path) -> bool:
+    return file.name.startswith("cache-") and any(n in file.read_bytes() for n in (b"ref_chosen_logps", b"ref_logps"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_reference_draw_sets": 0}, "`num_reference_draw_sets` must be at least 1, got 0"),
+        ({"num_reference_draw_sets": 2}, "`num_reference_draw_sets=2` is for `precompute_ref_log_probs=True`"),
+        (
+            {"num_reference_draw_sets": 4, "precompute_ref_log_probs": True, "num_train_epochs": 3},
+            "`num_reference_draw_sets=4` is more than `num_train_epochs=3`",
+        ),
+    ],
+)
+def test_refusals(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionVRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_batches_carry_a_value_for_each_set(tmp_path):
+    trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, num_reference_draw_sets=2, max_steps=1)
+    assert batch_of(trainer)["ref_chosen_logps"].shape == (3, 2)
