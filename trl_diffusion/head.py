@@ -19,6 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ._trl import ChunkedLogProbFunction, FusedCausalLMOutput, maybe_gather_lm_head_ctx
@@ -195,9 +196,11 @@ def _score_draws(model, ids, masked, *, mask_token_id):
     if family_of(model.config).logit_shift:  # position i - 1 predicts token i
         predicting = masked.roll(-1, dims=-1)
     output_head = model.get_output_embeddings()
+    if isinstance(output_head, FSDPModule):
+        # Sharded on its own, and gathered by FSDP2 when it is called, which it is not: only its weight is used. A
+        # gradient through `full_tensor()` would be that of this process's rows alone.
+        output_head.unshard()
     weight, bias = output_head.weight, output_head.bias
-    if hasattr(weight, "full_tensor"):  # FSDP2 shards the head
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     hidden = hidden.to(weight.device)[predicting.to(weight.device)]
     targets = ids.expand(masked.shape)[masked].to(weight.device)
     with maybe_gather_lm_head_ctx(weight, bias):
@@ -218,7 +221,7 @@ def _place(scored: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
 
 
 def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
-    terms = elbo.terms[:, 1:]
+    terms = elbo.terms[:, 1:].clone()  # FSDP2 hooks into what the forward returns, which must not be a view
     unused = torch.zeros_like(terms, requires_grad=False)  # TRL logs statistics of logits that are never built
     return ELBOHeadOutput(
         loss=-terms.sum(),
