@@ -90,3 +90,12 @@ def model():
 @pytest.fixture
 def pairs():
     return make_pairs()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that need a GPU are not there where there is none."""
+    if torch.cuda.is_available():
+        return
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=needing)
+    items[:] = [item for item in items if item not in needing]

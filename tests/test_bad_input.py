@@ -81,11 +81,56 @@ OPTIONS = [
     ({"padding_free": True}, "`padding_free=True` has no meaning.*exact length"),
     ({"truncation_mode": "keep_end"}, "`truncation_mode='keep_end'` has no meaning.*dropped, never truncated"),
     ({"activation_offloading": True}, "`activation_offloading=True` has no meaning"),
+    # Of another type
+    ({"num_mc_samples": 2.5}, r"`num_mc_samples` must be an integer, got 2.5 \(float\)"),
+    ({"num_mc_samples": "8"}, r"`num_mc_samples` must be an integer, got '8' \(str\)"),
+    ({"num_mc_samples": True}, r"`num_mc_samples` must be an integer, got True \(bool\)"),
+    ({"draws_per_forward": 1.5}, "`draws_per_forward` must be an integer or None, got 1.5"),
+    ({"stratify": "no"}, r"`stratify` must be True or False, got 'no' \(str\)"),
+    ({"share_draws": "False"}, "`share_draws` must be True or False, got 'False'"),
+    ({"append_eos": 1}, "`append_eos` must be True or False, got 1"),
+    ({"draw_seed": 1.5}, "`draw_seed` must be an integer or None, got 1.5"),
+    ({"draw_seed": "1"}, "`draw_seed` must be an integer or None, got '1'"),
+    ({"mask_scheme": None}, "`mask_scheme` must be a text, got None"),
+    ({"beta": "0.1"}, "`beta` must be a finite number above 0, got '0.1'"),
+    # Out of range
+    ({"num_mc_samples": -1}, "`num_mc_samples` must be at least 1, got -1"),
+    ({"draws_per_forward": -3}, "`draws_per_forward` must be at least 1, got -3"),
+    ({"draw_seed": 2**70}, "`draw_seed` must be None or an integer of 64 bits, got"),
+    ({"seed": -1}, r"`seed` must be an integer in \[0, 2\*\*32\)"),
+    ({"beta": 0.0}, "`beta` must be a finite number above 0, got 0.0"),
+    ({"beta": -0.1}, "`beta` must be a finite number above 0, got -0.1"),
+    ({"beta": float("nan")}, "`beta` must be a finite number above 0, got nan"),
+    ({"learning_rate": float("inf")}, "`learning_rate` must be a finite number of at least 0, got inf"),
+    ({"learning_rate": -1.0}, "`learning_rate` must be a finite number of at least 0, got -1.0"),
+    ({"max_grad_norm": float("nan")}, "`max_grad_norm` must be a finite number"),
+    ({"max_length": 1}, "`max_length` must be None or an integer of at least 2, .*got 1"),
+    ({"max_length": -4}, "`max_length` must be None or an integer of at least 2, .*got -4"),
+    ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be an integer of at least 1, got 0"),
+    ({"per_device_eval_batch_size": -8}, "`per_device_eval_batch_size` must be an integer of at least 1, got -8"),
+    ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be an integer of at least 1, got 0"),
+    ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of` must be None or an integer of at least 1, got 0"),
+    ({"label_smoothing": 0.6}, r"`label_smoothing` must be in \[0, 0.5\), .*got 0.6"),
+    # Not among what there is
+    ({"loss_type": "sgmoid"}, r"`loss_type` must be among \['sigmoid', .*got 'sgmoid'"),
+    ({"loss_type": []}, r"`loss_type` must be among .*got \[\]"),
+    ({"loss_type": ["sigmoid", "kto"]}, r"`loss_type` must be among .*got \['sigmoid', 'kto'\]"),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "one number for each of the 2 loss types, got"),
+    ({"loss_weights": [float("nan")]}, "`loss_weights` must be finite numbers and not all 0"),
+    ({"loss_weights": [0.0]}, "`loss_weights` must be finite numbers and not all 0"),
+    ({"f_divergence_type": "forward"}, "`f_divergence_type` must be one of .*'forward_kl'.*got 'forward'"),
+    ({"elbo_gradient": "exact"}, "`elbo_gradient` must be one of .*got 'exact'"),
+    # That do not go together
+    ({"fp16": True, "elbo_gradient": "immediate"}, "`elbo_gradient='immediate'` cannot be used with `fp16=True`"),
+    ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy='group_by_length'` saves padding"),
+    ({"torch_compile": True}, "`torch_compile=True`.*is not supported: every response runs at its own length"),
 ]
 
 
 @pytest.mark.parametrize(
-    "options, message", OPTIONS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+    "options, message",
+    OPTIONS,
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_options_without_meaning(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

@@ -4,6 +4,7 @@ What this package relies on inside TRL. When one of these fails, TRL has moved: 
 
 import importlib
 import inspect
+import re
 from importlib.metadata import version
 from unittest import mock
 
@@ -16,6 +17,7 @@ from trl import DPOTrainer, KTOTrainer
 import trl_diffusion
 from trl_diffusion import elbo_trainer
 from trl_diffusion._trl import SEAM_NAMES, FusedCausalLMOutput, seam
+from trl_diffusion.option_checks import DPO_LOSS_TYPES, KTO_LOSS_TYPES
 
 TRL = f"trl {version('trl')}"
 TRAINERS = {"trl.trainer.dpo_trainer": DPOTrainer, "trl.trainer.kto_trainer": KTOTrainer}
@@ -98,3 +100,12 @@ def test_the_range_is_the_one_of_the_package_metadata():
     (requirement,) = [r for r in requires("trl_diffusion") if r.startswith("trl<") or r.startswith("trl>")]
     assert set(requirement.replace("trl", "").split(",")) == {">=1.16", "<1.17"}
     assert trl_diffusion._TESTED_TRL == ((1, 16), (1, 17))
+
+
+@pytest.mark.parametrize(
+    "trainer, known", [(DPOTrainer, DPO_LOSS_TYPES), (KTOTrainer, KTO_LOSS_TYPES)], ids=["DPO", "KTO"]
+)
+def test_the_loss_types_are_those_of_trl(trainer, known):
+    """TRL has no list of them: they are what its loss compares the option with."""
+    source = inspect.getsource(trainer._compute_loss)
+    assert set(re.findall(r'loss_type == "(\w+)"', source)) == set(known)

@@ -63,7 +63,13 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
 def _matches(names: list[str], targets: Any) -> dict[str, list[str]]:
     """Names of layers by requested target, by PEFT's rule: a string is a pattern, the items of a list are suffixes."""
     if isinstance(targets, str):
-        return {targets: [name for name in names if re.fullmatch(targets, name)]}
+        try:
+            return {targets: [name for name in names if re.fullmatch(targets, name)]}
+        except re.error as error:
+            raise ValueError(
+                f"`target_modules={targets!r}` is not a valid pattern: {error}. A text is a regular expression for the "
+                "whole name of a layer; give a list for the ends of names."
+            ) from error
     return {target: [n for n in names if n == target or n.endswith(f".{target}")] for target in sorted(targets)}
 
 
@@ -130,3 +136,10 @@ def keep_differentiable(model: torch.nn.Module) -> None:
                 f"The 4-bit weight of `{name}` was repacked for inference on the CPU, which has no gradient: the model "
                 "was run in evaluation mode before training. Load it again and give it to the trainer first."
             )
+
+
+def reference_copy(model: Any, args: Any, peft_config: Any) -> Any:
+    """A reference for full fine-tuning of a model in memory; TRL would load it from where the model came from."""
+    if peft_config is not None or isinstance(model, PeftModel) or args.precompute_ref_log_probs:
+        return None
+    return copy.deepcopy(model)

@@ -6,6 +6,7 @@ from ._trl import DPOConfig, KTOConfig
 from .baselines import BASELINES, NEED_A_BATCH
 from .batch_composition import COMPOSITIONS
 from .elbo_arguments import ELBOArguments
+from .option_checks import DPO_LOSS_TYPES, KTO_LOSS_TYPES, check_loss_types, check_types
 
 
 @dataclass
@@ -98,6 +99,7 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         self.check_elbo_arguments()
+        check_loss_types(self, DPO_LOSS_TYPES)
         _refuse_token_level_options(self)
         super().__post_init__()
 
@@ -230,12 +232,14 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
         default="random",
         metadata={
             "help": "Sampler of the training rows. `baseline='kl'` needs `'sequential'`.",
-            "choices": ["random", "sequential", "group_by_length"],
+            "choices": ["random", "sequential"],
         },
     )
 
     def __post_init__(self) -> None:
         self.check_elbo_arguments()
+        check_types(self, ELBOKTOConfig)
+        check_loss_types(self, KTO_LOSS_TYPES)
         _refuse_activation_offloading(self)
         if self.baseline is None:
             self.baseline = "none" if self.loss_type == "apo_zero_unpaired" else "batch_mean"

@@ -37,6 +37,7 @@ def drop_unusable_rows(
     mask_token_id: int,
     ending_ids: frozenset[int],
     max_length: int | None,
+    vocab_size: int,
     name: str,
 ) -> Any:
     """
@@ -48,24 +49,32 @@ def drop_unusable_rows(
         mask_token_id: the mask token.
         ending_ids: tokens that end a completion; one made only of them is empty.
         max_length: longest row, prompt and completion, in tokens.
+        vocab_size: of the model.
         name: of the dataset, for messages.
 
     Returns:
         The dataset without them. A streaming dataset is filtered as it is read, with one warning per reason.
 
     Raises:
-        ValueError: a prompt has no token, or no row is left.
+        ValueError: a prompt has no token, a token is outside the vocabulary, or no row is left.
     """
     problem = partial(
-        row_problem, columns=tuple(columns), mask_token_id=mask_token_id, ending_ids=ending_ids, max_length=max_length
+        row_problem,
+        columns=tuple(columns),
+        mask_token_id=mask_token_id,
+        ending_ids=ending_ids,
+        max_length=max_length,
+        vocab_size=vocab_size,
     )
     if isinstance(dataset, IterableDataset):
         return dataset.filter(partial(_keep_or_warn, problem=problem, name=name))
-    found = dataset.map(
-        partial(_label, problem=problem),
+    checked = dataset.map(
+        partial(_label, problem=problem, columns=tuple(columns)),
         remove_columns=dataset.column_names,
         desc=f"Checking {name} dataset",
-    )["problem"]
+    )
+    _warn_of_equal_pairs(sum(checked["equal"]), len(dataset), name)
+    found = checked["problem"]
     counts = Counter(reason for reason in found if reason)
     if not counts:
         return dataset
@@ -84,18 +93,26 @@ def row_problem(
     mask_token_id: int,
     ending_ids: frozenset[int],
     max_length: int | None,
+    vocab_size: int,
 ) -> str:
     """
     Why a row cannot be scored; empty if it can.
 
     Raises:
-        ValueError: the prompt has no token, so a completion would start at position 0.
+        ValueError: the prompt has no token, so a completion would start at position 0, or a token is outside the
+            model's vocabulary.
     """
     prompt = row["prompt_ids"]
     if len(prompt) == 0:
         raise ValueError(
             "A prompt has no token, so its completion starts at position 0, which TRL leaves out of the score. Give "
             "every example a prompt; a beginning-of-text token is enough."
+        )
+    highest = max(max(ids, default=0) for ids in (prompt, *(row[column] for column in columns)))
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer makes the token {highest}, and the model's vocabulary has {vocab_size} tokens. Use the "
+            "tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))`."
         )
     if max_length is not None and len(prompt) >= max_length:
         return "prompt fills max_length"
@@ -121,8 +138,20 @@ def _append_eos(row, columns, eos_token_id):
     return {c: row[c] if row[c][-1:] == [eos_token_id] else [*row[c], eos_token_id] for c in columns}
 
 
-def _label(row, problem: Callable[[dict], str]):
-    return {"problem": problem(row)}
+def _label(row, problem: Callable[[dict], str], columns):
+    paired = columns == ("chosen_ids", "rejected_ids")
+    return {"problem": problem(row), "equal": paired and row["chosen_ids"] == row["rejected_ids"]}
+
+
+def _warn_of_equal_pairs(count: int, total: int, name: str) -> None:
+    if count:
+        logger.warning(
+            "In %d of %d rows of the %s dataset the chosen and the rejected response are the same: their preference "
+            "cannot be learnt, and they only cost time. Drop them with `dataset.filter`.",
+            count,
+            total,
+            name,
+        )
 
 
 def _keep_or_warn(row, problem: Callable[[dict], str], name: str) -> bool:
@@ -138,16 +167,6 @@ def _explain(counts: Counter) -> str:
 
 def _description(dataset, text):
     return {"desc": text} if isinstance(dataset, Dataset) else {}
-
-
-def refuse_columns(dataset: Any, refused: tuple[str, ...], name: str) -> None:
-    """Refuse reference scores that came with the data."""
-    columns = [column for column in dataset.column_names or () if column in refused]
-    if columns:
-        raise ValueError(
-            f"The {name} dataset has columns {columns}. Reference scores are valid only for the draws they were "
-            "computed on: remove the columns, and set `precompute_ref_log_probs=True` to have them computed here."
-        )
 
 
 def longest_example(dataset: Any, completion_columns: tuple[str, ...]) -> tuple[int, int] | None:

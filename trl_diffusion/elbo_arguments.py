@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from .control_variate import ControlVariate
 from .draws import MaskSampler
 from .gradients import GRADIENT_MODES
+from .option_checks import check_types, check_values
 from .schemes import SCHEMES
 
 CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
@@ -116,7 +117,9 @@ class ELBOArguments:
     )
 
     def check_elbo_arguments(self) -> None:
-        """Refuse values that make no estimator."""
+        """Refuse values that make no estimator, or no run."""
+        check_types(self, ELBOArguments)
+        check_values(self)
         if self.num_mc_samples < 1:
             raise ValueError(f"`num_mc_samples` must be at least 1, got {self.num_mc_samples}. The default is 8.")
         if self.mask_scheme not in SCHEMES:

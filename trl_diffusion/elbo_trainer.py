@@ -8,44 +8,60 @@ adapters, checkpoints and the loop are TRL's own.
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ._trl import is_conversational, seam, seam_function
-from .adapters import adapter_precision, cast_adapters, fitting_get_peft_model, keep_differentiable
-from .data import append_eos, drop_unusable_rows, ending_token_ids, refuse_columns
+from .adapters import adapter_precision, cast_adapters, fitting_get_peft_model, keep_differentiable, reference_copy
+from .data import append_eos, drop_unusable_rows, ending_token_ids
 from .diagnostics import ScoreDiagnostics
 from .draws import MaskDraws
+from .faults import FiniteGradients, NamingMixin
 from .gradients import SCALED, SHARDED, refuse_immediate
-from .head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head, has_elbo_head
+from .head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
+from .input_checks import (
+    RowForms,
+    check_arguments,
+    check_dataset,
+    check_datasets,
+    check_models,
+    check_same_vocabulary,
+    check_template,
+    check_tokenizer,
+    load_config,
+    require_elbo_head,
+)
 from .memory_check import MemoryCheckMixin
 from .model_card import write_model_card
 from .models.families import FAMILIES, check_denoiser, family_of, resolve_mask_token_id, use_training_template
 from .reference import ReferenceMixin
+from .resuming import ResumingMixin
 from .running_means import RunningKappaCallback
 
 logger = get_logger(__name__)
 Callback = TypeVar("Callback")
 
 
-class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
+class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMixin):
     """
     Put in front of a TRL trainer, makes its log-probabilities ELBOs. The subclasses are final.
 
     Attributes:
         _trl_module: module of the TRL trainer, where the seam is.
         _config_class: configuration of the trainer.
+        _row_forms: columns that a row must have, in one of these ways.
     """
 
     _trl_module: ClassVar[str]
     _config_class: ClassVar[type]
+    _row_forms: ClassVar[RowForms]
 
     def __init__(
         self,
@@ -62,13 +78,13 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
         quantization_config: Any = None,
         peft_config: Any = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-            args = self._config_class(f"{Path(name).name}-{self._name}")
-        self._check_arguments(args, train_dataset, compute_metrics)
+        args = self._default_arguments(model) if args is None else args
+        check_arguments(args, self._config_class, compute_metrics)
+        check_models(model, ref_model, processing_class)
+        check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
         if not isinstance(model, str):
             self._check_model(model, processing_class)
-            ref_model = ref_model if ref_model is not None else _reference_copy(model, args, peft_config)
+            ref_model = ref_model if ref_model is not None else reference_copy(model, args, peft_config)
         self._sampler = args.mask_sampler()
         self._diagnostics = ScoreDiagnostics(args.beta)
         with adapter_precision(model, args.adapter_dtype), self._seam(), self._constructing(args):
@@ -88,20 +104,13 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
         cast_adapters(self.model, args.adapter_dtype)
         if args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
-        for scored in (self.model, self.ref_model):
-            if scored is not None:
-                _require_elbo_head(self.accelerator.unwrap_model(scored))
+        require_elbo_head(*map(self.accelerator.unwrap_model, filter(None, (self.model, self.ref_model))))
+        self._remember_run()
+        self.add_callback(FiniteGradients())
 
-    def _check_arguments(self, args: Any, train_dataset: Any, compute_metrics: Any) -> None:
-        if not isinstance(args, self._config_class):
-            raise TypeError(f"`args` must be a `{self._config_class.__name__}`, got `{type(args).__name__}`.")
-        if hasattr(train_dataset, "__len__") and len(train_dataset) == 0:
-            raise ValueError("`train_dataset` has no rows. Give a dataset with at least one.")
-        if compute_metrics is not None:
-            raise ValueError(
-                "`compute_metrics` would be given the logits of the text without masks, which mean nothing for a "
-                "masked diffusion model. Leave it out; rewards and ELBOs are logged."
-            )
+    def _default_arguments(self, model: Any) -> Any:
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        return self._config_class(f"{Path(name).name}-{self._name}")
 
     def _constructing(self, args: Any) -> AbstractContextManager[None]:
         """What a subclass has to arrange while TRL's constructor runs."""
@@ -120,7 +129,7 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
     def _load_model(self, path: str, **kwargs: Any) -> Any:
         if kwargs.get("quantization_config") is not None:
             kwargs.setdefault("dtype", "bfloat16")  # TRL's float32 would hold embeddings and head in four bytes
-        config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False))
+        config = load_config(path, kwargs.get("trust_remote_code", False))
         if config.model_type in FAMILIES:  # TRL looks for the architecture's name in transformers
             kwargs["architecture"] = AutoModelForCausalLM
         model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
@@ -140,6 +149,7 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
                 f"The mask token of the model is {mask_token_id}, and its reference has {model.config.mask_token_id}. "
                 "The two have to be scored on the same input: use a reference of the same family and vocabulary."
             )
+        check_same_vocabulary(self._model_config, model.config)
         check_denoiser(model, mask_token_id)  # the reference may have come from elsewhere
         obstacle = self._obstacle_to_immediate()
         if self.args.elbo_gradient == "immediate":
@@ -164,12 +174,8 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
     # Data
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        refuse_columns(dataset, self._reference_columns, dataset_name)
         tokenizer = self._tokenizer
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no end of text, which every completion ends in: set `tokenizer.eos_token`."
-            )
+        check_tokenizer(tokenizer, self._model_config)
         family = family_of(self._model_config)
         if use_training_template(tokenizer, family):
             logger.warning_once(
@@ -177,6 +183,8 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
                 "one that does so only with `add_generation_prompt=True`; the tokens are the same."
             )
         conversational = is_conversational(next(iter(dataset)))
+        if conversational:
+            check_template(dataset, tokenizer, dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, self._without_length_filter(args), dataset_name)
         if conversational and args.append_eos:
             dataset = append_eos(dataset, self._completion_columns, tokenizer.eos_token_id, dataset_name)
@@ -186,6 +194,7 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
             mask_token_id=resolve_mask_token_id(self._model_config, tokenizer),
             ending_ids=ending_token_ids(tokenizer, family.end_of_turn),
             max_length=args.max_length,
+            vocab_size=self._model_config.vocab_size,
             name=dataset_name,
         )
 
@@ -222,7 +231,11 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation set is prepared already."""
-        return super().evaluate(None if eval_dataset is self.eval_dataset else eval_dataset, **kwargs)
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None
+        elif isinstance(eval_dataset, Dataset | IterableDataset):
+            check_dataset(eval_dataset, "eval", self._row_forms, self._reference_columns)
+        return super().evaluate(eval_dataset, **kwargs)
 
     # Saving
 
@@ -243,20 +256,4 @@ class ELBOTrainerMixin(ReferenceMixin, MemoryCheckMixin):
             estimator=self.args.describe_estimator(),
             trainer_name=self._name,
             paper=self._paper,
-        )
-
-
-def _reference_copy(model: Any, args: Any, peft_config: Any) -> Any:
-    """A reference for full fine-tuning of a model in memory; TRL would load it from where the model came from."""
-    if peft_config is not None or is_peft_model(model) or args.precompute_ref_log_probs:
-        return None
-    return copy.deepcopy(model)
-
-
-def _require_elbo_head(model: Any) -> None:
-    base = model.get_base_model() if is_peft_model(model) else model
-    if not has_elbo_head(base):
-        raise RuntimeError(
-            f"`{type(base).__name__}` was not given its ELBO head by trl {version('trl')}, and would be scored as a "
-            "causal model. The seam described in trl_diffusion/_trl.py has moved: install a supported version of trl."
         )

@@ -19,6 +19,21 @@ import torch
 from .draws import MaskDraws
 
 
+class NonFiniteError(ValueError):
+    """
+    A log-probability that is not finite.
+
+    Args:
+        message: what was found where.
+        row: of the batch.
+        draw: of the row.
+    """
+
+    def __init__(self, message: str, row: int, draw: int):
+        super().__init__(message)
+        self.row, self.draw = row, draw
+
+
 @dataclass(frozen=True)
 class ELBO:
     """
@@ -95,7 +110,8 @@ def elbo(
         [`ELBO`], in float32 or wider.
 
     Raises:
-        ValueError: draws that mask what is not maskable, no mask token, or a log-probability that is not finite.
+        ValueError: draws that mask what is not maskable, or no mask token.
+        NonFiniteError: a log-probability is not finite.
     """
     if mask_token_id is None:
         mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
@@ -124,7 +140,7 @@ def weigh(log_probs: torch.Tensor, draws: MaskDraws) -> ELBO:
         draws: the masks and weights.
 
     Raises:
-        ValueError: a masked token's log-probability is not finite.
+        NonFiniteError: a masked token's log-probability is not finite.
     """
     log_probs = log_probs.masked_fill(~draws.masked, 0.0)
     _refuse_non_finite(log_probs)
@@ -151,8 +167,10 @@ def _refuse_non_finite(log_probs: torch.Tensor) -> None:
     if not bool(bad.any()):
         return
     draw, row, position = bad.nonzero()[0].tolist()
-    raise ValueError(
+    raise NonFiniteError(
         f"The log-probability of a masked token is {log_probs[draw, row, position].item()} (row {row} of the batch, "
         f"position {position}, draw {draw}; {int(bad.sum())} in all). The model's logits are not finite: check its "
-        "weights, the precision it was loaded in, and the learning rate."
+        "weights, the precision it was loaded in, and the learning rate.",
+        row,
+        draw,
     )

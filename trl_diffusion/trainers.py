@@ -81,6 +81,7 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
     }
     _trl_module = "trl.trainer.dpo_trainer"
     _config_class = DiffusionVRPOConfig
+    _row_forms = (("chosen", "rejected"),)
     _completion_columns = ("chosen_ids", "rejected_ids")
     _responses_per_row = 2
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
@@ -156,6 +157,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
     }
     _trl_module = "trl.trainer.kto_trainer"
     _config_class = ELBOKTOConfig
+    _row_forms = (("prompt", "completion", "label"), ("chosen", "rejected"))
     _reference_columns = ("ref_logps", "ref_KL_logps")
     _responses_per_row = 1
 
@@ -174,15 +176,6 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         self._warned_of_batch = False
         if args.baseline in ("ema", "ema_per_class"):
             self.add_callback(RunningMeansCallback(decay=args.ema_decay))
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        columns = next(iter(dataset)).keys()
-        if "label" not in columns and not {"chosen", "rejected"} <= set(columns):
-            raise ValueError(
-                f"The {dataset_name} dataset has columns {sorted(columns)}. It needs `completion` and `label` (true "
-                "for a desirable completion), or `chosen` and `rejected`."
-            )
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -1,0 +1,67 @@
+"""Other processes for tests: forked, so that torch and transformers need not be imported again."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+
+def run_forked(function, *arguments, processes=1, folder, environment=None):
+    """
+    Run `function(*arguments)` in forked processes, as a launcher would start them; returns their exit codes.
+
+    What they print goes to `folder`. A process that was killed has the negative number of the signal.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks where there are threads
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = []
+        for rank in range(processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
+            variables = {**(ranks if processes > 1 else {}), **where, **(environment or {})}
+            log = Path(folder) / f"rank{rank}.log"
+            process = multiprocessing.get_context("fork").Process(
+                target=_child, args=(function, arguments, variables, log), daemon=True
+            )
+            process.start()
+            started.append(process)
+    for process in started:
+        process.join(timeout=120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def _child(function, arguments, variables, log):
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)  # not what pytest has put there
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    _forget_the_parents_processes()
+    try:
+        function(*arguments)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        os._exit(1)
+    os._exit(0)  # nothing that the parent would do at its exit
+
+
+def _forget_the_parents_processes():
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def kill_myself():
+    """As `kill -9` does: nothing is flushed, no handler runs."""
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,350 @@
+"""
+Datasets, models, tokenizers and folders that cannot be trained with: one error each, before anything is loaded or run,
+that says what is wrong with what and what to do. Options are in test_bad_input.py and test_kto.py.
+"""
+
+import logging
+
+import pytest
+import test_kto
+import test_trainers
+import torch
+from conftest import make_model, make_pairs, make_tokenizer
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig, get_peft_model
+from test_kto import make_feedback
+
+from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig
+
+USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("user", "say hi"), ("assistant", "six")))
+
+
+def pairs(**columns):
+    """Usable pairs with other values in some columns; None leaves a column out."""
+    columns = {**make_pairs(4).to_dict(), **columns}
+    return Dataset.from_dict({name: values for name, values in columns.items() if values is not None})
+
+
+def feedback(**columns):
+    columns = {**make_feedback(4).to_dict(), **columns}
+    return Dataset.from_dict({name: values for name, values in columns.items() if values is not None})
+
+
+def conversation(**columns):
+    row = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "bye"}], **columns}
+    return Dataset.from_list([row] * 2)
+
+
+PAIRS = {
+    "a list": (
+        lambda: make_pairs(3).to_list(),
+        r"must be a `Dataset` or `IterableDataset`, got `list`. Pass `Dataset.from",
+    ),
+    "a dict": (lambda: make_pairs(3).to_dict(), "must be a `Dataset` or `IterableDataset`, got `dict`"),
+    "None": (lambda: None, "train dataset must be a `Dataset` or `IterableDataset`, got `NoneType`"),
+    "splits": (lambda: DatasetDict(train=make_pairs(3)), r"got `DatasetDict`. Pass one of its splits, \['train'\]"),
+    "no rows": (lambda: make_pairs(3).select([]), "`train_dataset` has no rows"),
+    "empty stream": (lambda: IterableDataset.from_generator(lambda: iter([])), "`train_dataset` has no rows"),
+    "no rejected": (lambda: pairs(rejected=None), r"columns \['chosen', 'prompt'\]. It needs `chosen` and `rejected`"),
+    "no chosen": (lambda: pairs(chosen=None), r"columns \['prompt', 'rejected'\]. It needs `chosen` and `rejected`"),
+    "texts only": (
+        lambda: Dataset.from_dict({"text": ["a"]}),
+        r"columns \['text'\]. It needs `chosen` and `rejected`: rename",
+    ),
+    "feedback": (lambda: make_feedback(4), "needs `chosen` and `rejected`.*with a `label`.*for ELBO-KTO"),
+    "ids": (
+        lambda: Dataset.from_dict({"prompt_ids": [[7]], "chosen_ids": [[8]], "rejected_ids": [[9]]}),
+        "'chosen_ids'.*It needs",
+    ),
+    "prompt None": (
+        lambda: pairs(prompt=["a", None, "b", None]),
+        "2 of 4 rows of the train dataset have no `prompt`.*row 1",
+    ),
+    "chosen None": (
+        lambda: pairs(chosen=["a", "b", "c", None]),
+        r"1 of 4 rows.*no `chosen` .None.*row 3.*dataset.filter",
+    ),
+    "all None": (lambda: pairs(chosen=[None] * 4), "4 of 4 rows of the train dataset have no `chosen`"),
+    "prompt numbers": (
+        lambda: pairs(prompt=[1, 2, 3, 4]),
+        r"`prompt` of the train dataset must be a text.*got '1' \(int\)",
+    ),
+    "chosen numbers": (lambda: pairs(chosen=[1.5] * 4), r"`chosen` of the train dataset must be a text.*\(float\)"),
+    "chosen words": (
+        lambda: pairs(chosen=[["one"]] * 4),
+        r"`chosen` of the train dataset must be a text.*got \"\['one'\]\"",
+    ),
+    "chosen a turn": (
+        lambda: pairs(chosen=[ASSISTANT] * 4),
+        r"`chosen` of the train dataset must be a text, or a list.*\(dict\)",
+    ),
+    "nothing in common": (lambda: pairs(prompt=None), "A prompt has no token.*Give every example a prompt"),
+    "empty prompt": (lambda: pairs(prompt=["a", "", "b", "c"]), "A prompt has no token.*Give every example a prompt"),
+    "images": (lambda: pairs(image=[0] * 4), "appears to be vision-related"),
+    "scores": (
+        lambda: pairs(ref_chosen_logps=[0.0] * 4),
+        r"columns \['ref_chosen_logps'\]. Reference scores are valid only",
+    ),
+    "only masks": (lambda: pairs(chosen=["<|mdm_mask|>"] * 4), "4 because the text contains the mask token"),
+    "turns without content": (
+        lambda: conversation(prompt=[{"role": "user"}]),
+        r"message in `prompt`.*keys \['role'\]. It needs",
+    ),
+    "from and value": (lambda: conversation(chosen=[{"from": "gpt", "value": "x"}]), "`trl.maybe_convert_to_chatml`"),
+    "content None": (
+        lambda: conversation(chosen=[{"role": "assistant", "content": None}]),
+        "no `role` or no `content`",
+    ),
+    "no turn": (lambda: conversation(prompt=[]), "`prompt` of the train dataset has no message"),
+    "no answer": (lambda: conversation(rejected=[]), "`rejected` of the train dataset has no message"),
+    "turns and text": (
+        lambda: conversation(chosen="x", rejected="y"),
+        "mix texts and messages: {'prompt': 'messages', 'cho",
+    ),
+    "text and turns": (
+        lambda: conversation(prompt="x"),
+        "mix texts and messages: {'prompt': 'text', 'chosen': 'messages'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(tmp_path, name):
+    make, message = PAIRS[name]
+    args = DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises((ValueError, TypeError), match=message):
+        DiffusionVRPOTrainer(make_model(), args=args, train_dataset=make(), processing_class=make_tokenizer())
+
+
+FEEDBACK = {
+    "no label": (
+        lambda: feedback(label=None),
+        r"columns \['completion', 'prompt'\]. It needs `prompt` and `completion` and `la",
+    ),
+    "no completion": (
+        lambda: feedback(completion=None),
+        "needs `prompt` and `completion` and `label`, or `chosen` and",
+    ),
+    "no prompt": (lambda: feedback(prompt=None), r"columns \['completion', 'label'\]. It needs `prompt`"),
+    "label None": (
+        lambda: feedback(label=[True, None, False, True]),
+        "`label` of the train dataset must hold True.*got None",
+    ),
+    "label text": (lambda: feedback(label=["good"] * 4), "`label` of the train dataset must hold True.*got 'good'"),
+    "label score": (
+        lambda: feedback(label=[0.0, 1.0, 0.5, 1.0]),
+        "must hold True for a desirable.*got 0.0, 0.5, 1.0. Map them",
+    ),
+    "label of signs": (
+        lambda: feedback(label=[1, -1, 1, -1]),
+        r"must hold True for a desirable.*got -1.*row\[\"label\"\] > 0",
+    ),
+    "completion None": (
+        lambda: feedback(completion=[None] * 4),
+        "4 of 4 rows of the train dataset have no `completion`",
+    ),
+    "scores": (lambda: feedback(ref_logps=[0.0] * 4), r"columns \['ref_logps'\]. Reference scores are valid only"),
+}
+
+
+@pytest.mark.parametrize("name", FEEDBACK)
+def test_feedback(tmp_path, name):
+    make, message = FEEDBACK[name]
+    with pytest.raises(ValueError, match=message):
+        test_kto.make_trainer(tmp_path, dataset=make())
+
+
+def test_labels_of_one_and_zero_are_true_and_false(tmp_path):
+    trainer = test_kto.make_trainer(tmp_path, dataset=feedback(label=[1, 0, 1, 1]), max_steps=1)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert (logged["kto/num_desirable"], logged["kto/num_undesirable"]) == (3, 1)
+
+
+@pytest.mark.parametrize("make, message", [PAIRS["no rejected"], PAIRS["no rows"], PAIRS["chosen None"]])
+def test_evaluation_sets_are_checked_too(tmp_path, make, message):
+    message = message.replace("train", "eval")
+    with pytest.raises(ValueError, match=message):
+        test_trainers.make_trainer(tmp_path, eval_dataset=make())
+    with pytest.raises(ValueError, match=message.replace("eval", "one")):
+        test_trainers.make_trainer(tmp_path, eval_dataset={"one": make()})
+    trainer = test_trainers.make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(make())
+
+
+def test_pairs_of_equal_responses_are_counted(tmp_path, caplog):
+    same = pairs(chosen=["one", "two", "one two", "six"], rejected=["two", "two", "one two", "seven"])
+    with caplog.at_level(logging.WARNING):
+        trainer = test_trainers.make_trainer(tmp_path, dataset=same)
+    assert any("In 2 of 4 rows of the train dataset the chosen and" in r.getMessage() for r in caplog.records)
+    assert len(trainer.train_dataset) == 4
+
+
+# Templates
+
+TEMPLATES = {
+    "none": (None, "is conversational, and the tokenizer has no chat template"),
+    "without answers": (
+        "{{ bos_token }}{{ messages[0].content }}",
+        "leaves out what the assistant says in `chosen`.*'six' is not in",
+    ),
+    "only beginnings": (
+        "{% for m in messages %}{{ m.content[:1] }} {% endfor %}",
+        "leaves out what the assistant says",
+    ),
+    "that raises": ("{{ raise_exception('no system role') }}", "cannot write the first row.*no system role. Correct"),
+    "of bad syntax": ("{% for %}", "cannot write the first row.*TemplateSyntaxError"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates(tmp_path, name):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template, message = TEMPLATES[name]
+    args = DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(ValueError, match=message):
+        DiffusionVRPOTrainer(make_model(), args=args, train_dataset=conversation(), processing_class=tokenizer)
+
+
+# Models and tokenizers
+
+
+def with_token(**tokens):
+    tokenizer = make_tokenizer()
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    return tokenizer
+
+
+def frozen(model):
+    model.requires_grad_(False)
+    return model
+
+
+def adapter():
+    return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+
+
+GIVEN = {
+    "a number": ({"model": 3}, "`model` must be a path or a model of transformers or PEFT, got `int`"),
+    "a layer": ({"model": torch.nn.Linear(2, 2)}, "`model` must be a path or a model.*got `Linear`"),
+    "reference by name": ({"ref_model": "some/model"}, "`ref_model` must be None or a model.*got `str`"),
+    "reference of another vocabulary": (
+        {"ref_model": make_model(vocab_size=20)},
+        "vocabulary has 30 tokens and its reference's has 20",
+    ),
+    "small vocabulary": (
+        {"model": make_model(vocab_size=20)},
+        "tokenizer makes the token 2., and the model's vocabulary has 20",
+    ),
+    "no tokenizer": ({"processing_class": None}, "`processing_class` is required with a model that was made in memory"),
+    "tokenizer by name": ({"processing_class": "some/model"}, "`processing_class` must be either a"),
+    "mask as end": (
+        {"processing_class": with_token(eos_token="<|mdm_mask|>")},
+        "`tokenizer.eos_token` is the mask token .2.",
+    ),
+    "mask as begin": (
+        {"processing_class": with_token(bos_token="<|mdm_mask|>")},
+        "`tokenizer.bos_token` is the mask token .2.",
+    ),
+    "adapter as dict": ({"peft_config": {"r": 4}}, "`peft_config` must be a `peft.PeftConfig` instance"),
+    "two adapters": (
+        {"model": adapter(), "peft_config": LoraConfig()},
+        "You passed a `PeftModel` instance together with a `peft",
+    ),
+    "bad pattern": (
+        {"peft_config": LoraConfig(target_modules="((q_proj")},
+        r"`target_modules='\(\(q_proj'` is not a valid pattern",
+    ),
+    "no folder": ({"model": "no/such/folder/here"}, "`model='no/such/folder/here'` could not be loaded.*Give a folder"),
+    "no network": (
+        {"model": "some-team/some-model"},
+        "`model='some-team/some-model'` could not be loaded.*`hf download some-team",
+    ),
+    "other arguments": ({"args": {"beta": 1}}, "`args` must be a `DiffusionVRPOConfig`, got `dict`"),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_models_and_tokenizers(tmp_path, name):
+    given, message = GIVEN[name]
+    args = DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    arguments = {
+        "model": make_model(),
+        "args": args,
+        "train_dataset": make_pairs(3),
+        "processing_class": make_tokenizer(),
+    }
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
+        DiffusionVRPOTrainer(**{**arguments, **given})
+
+
+@pytest.mark.parametrize("make", [make_model, adapter])
+def test_nothing_to_train(tmp_path, make):
+    """It can be evaluated."""
+    trainer = test_trainers.make_trainer(tmp_path, frozen(make()), eval_dataset=make_pairs(3))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
+    with pytest.raises(ValueError, match="No weight of the `.*` requires a gradient.*`is_trainable=True`"):
+        trainer.train()
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(
+        OSError, match="could not be loaded: Unrecognized model.*Give a folder that `save_pretrained` wrote"
+    ):
+        test_trainers.make_trainer(tmp_path / "out", str(tmp_path))
+
+
+# Folders
+
+
+def test_an_output_folder_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("not a folder")
+    with pytest.raises(OSError, match="`output_dir=.*out'` cannot be written to: .*Give a folder that can"):
+        test_trainers.make_trainer(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "not a folder"
+
+
+def test_an_output_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("trl_diffusion.checkpoints.NamedTemporaryFile", refuse)
+    with pytest.raises(OSError, match="`output_dir=.*` cannot be written to: .*Permission denied"):
+        test_trainers.make_trainer(tmp_path)
+
+
+def test_a_step_that_cannot_be_saved(tmp_path, monkeypatch):
+    """The weights go through safetensors, whose error is its own."""
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    trainer = test_trainers.make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(
+        OSError, match="checkpoint of step 1 could not be written.*No space left.*resume_from_checkpoint=True"
+    ):
+        trainer.train()
+
+
+def test_streams_need_a_length(tmp_path):
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        test_trainers.make_trainer(tmp_path, dataset=make_pairs(3).to_iterable_dataset())
+    with pytest.raises(ValueError, match="`precompute_ref_log_probs=True` is not supported with IterableDataset"):
+        options = {"max_steps": 1, "precompute_ref_log_probs": True}
+        test_trainers.make_trainer(tmp_path, dataset=make_pairs(3).to_iterable_dataset(), **options)
+
+
+def test_stored_references_of_several_processes_need_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionVRPOConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="train dataset is in memory.*one of the 2 processes.*save_to_disk"):
+        test_trainers.make_trainer(tmp_path, precompute_ref_log_probs=True)
+
+
+def test_the_configuration_of_the_other_trainer(tmp_path):
+    args = ELBOKTOConfig(str(tmp_path), bf16=False, use_cpu=True)
+    with pytest.raises(TypeError, match="`args` must be a `DiffusionVRPOConfig`, got `ELBOKTOConfig`"):
+        DiffusionVRPOTrainer(make_model(), args=args, train_dataset=make_pairs(), processing_class=make_tokenizer())

@@ -1,0 +1,285 @@
+"""
+A run on many processes is the run on one: losses and weights of DDP on two and four, and of FSDP2 on two, against one
+process with the same global batches. Processes are forked and talk through gloo; two launches are real.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import elbo_kto_lora
+import pytest
+import test_kto
+import test_trainers
+import torch
+import vrpo_lora
+from accelerate.utils import gather_object
+from conftest import make_model, make_pairs, make_tokenizer
+from datasets import load_from_disk
+from peft import LoraConfig
+from processes import run_forked
+from safetensors.torch import load_file
+from test_kto import make_feedback
+
+from trl_diffusion.checkpoints import problem_of
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+# Plain SGD with a large step: what differs in a gradient differs as much in the weights
+COMMON = {"max_steps": 3, "num_mc_samples": 2, "optim": "sgd", "learning_rate": 1.0, "gradient_accumulation_steps": 2}
+
+
+def lora():
+    return LoraConfig(r=4)
+
+
+CELLS = {
+    "vrpo lora": (test_trainers.make_trainer, lora, {}),
+    "vrpo lora precomputed": (test_trainers.make_trainer, lora, {"precompute_ref_log_probs": True}),
+    "vrpo lora adaptive": (test_trainers.make_trainer, lora, {"control_variate": "adaptive", "couple_pairs": True}),
+    "vrpo full": (test_trainers.make_trainer, None, {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.05]}),
+    "kto lora batch_mean": (test_kto.make_trainer, lora, {"batch_composition": "balanced"}),
+    "kto lora leave_one_out": (test_kto.make_trainer, lora, {"baseline": "leave_one_out"}),
+    "kto full ema_per_class": (test_kto.make_trainer, None, {"baseline": "ema_per_class"}),
+    "kto full precomputed": (test_kto.make_trainer, None, {"precompute_ref_log_probs": True}),
+    "rows left over": (
+        test_trainers.make_trainer,
+        lora,
+        {"dataloader_drop_last": True, "precompute_ref_log_probs": True, "gradient_accumulation_steps": 1},
+    ),
+}
+ON_FOUR = ["vrpo lora precomputed", "vrpo full", "kto lora batch_mean"]
+WITH_FSDP = ["vrpo lora", "vrpo lora precomputed", "vrpo full", "kto lora batch_mean", "kto full ema_per_class"]
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "FSDP_VERSION": 2,
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LLaDALlamaBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def make_cell(name, folder, processes=1, **options):
+    make, adapter, own = CELLS[name]
+    rows = "left over" if name == "rows left over" else "kto" if make is test_kto.make_trainer else "vrpo"
+    rows = load_from_disk(str(folder / rows))
+    options = {**COMMON, "per_device_train_batch_size": 4 // processes, **own, **options}
+    return make(folder / "out", dataset=rows, peft_config=adapter and adapter(), **options)
+
+
+def outcome(trainer):
+    """What has to be equal: losses, and what was trained, gathered where it is sharded."""
+    weights = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in weights.items()}
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], weights
+
+
+def train_cells(names, folder, processes):
+    for name in names:
+        trainer = make_cell(name, folder, processes)
+        trainer.train()
+        result = outcome(trainer)
+        if trainer.is_world_process_zero():
+            torch.save(result, folder / f"{name} {processes}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+@contextlib.contextmanager
+def fsdp_on_the_cpu():
+    """accelerate offers FSDP to processes with accelerators only. Nothing else in it asks for one."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def as_if_on_accelerators(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_if_on_accelerators
+    yield
+
+
+def train_cells_with_fsdp(names, folder, processes):
+    with fsdp_on_the_cpu():
+        train_cells(names, folder, processes)
+
+
+def save_and_resume_with_fsdp(name, folder, processes):
+    """Saves at step 2 of 3; goes on from there in a new trainer. Both outcomes, of AdamW."""
+    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    with fsdp_on_the_cpu():
+        whole = make_cell(name, folder, processes, **options)
+        whole.train()
+        results = [outcome(whole)]
+        for checkpoint in sorted((folder / "out").glob("checkpoint-*")):
+            assert problem_of(checkpoint) == "", checkpoint
+        resumed = make_cell(name, folder, processes, **options)
+        resumed.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
+        results.append(outcome(resumed))
+        whole.save_model(str(folder / "saved"))
+    if whole.is_world_process_zero():
+        torch.save(results, folder / f"resumed {name}.pt")
+    whole.accelerator.wait_for_everyone()
+    whole.accelerator.end_training()
+
+
+def logs(folder):
+    return "".join(path.read_text()[-3000:] for path in sorted(folder.glob("rank*.log")))
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    make_pairs(16).save_to_disk(str(folder / "vrpo"))
+    make_pairs(15).save_to_disk(str(folder / "left over"))
+    make_feedback(16).save_to_disk(str(folder / "kto"))
+    # Forked like the others: what the parent has cached must not be what they would compute
+    assert run_forked(train_cells, list(CELLS), folder, 1, folder=folder) == [0], logs(folder)
+    return folder
+
+
+def assert_the_same(folder, name, processes):
+    losses, weights = torch.load(folder / f"{name} 1.pt")
+    other_losses, other = torch.load(folder / f"{name} {processes}.pt")
+    other = {n.removeprefix("module."): w for n, w in other.items()}
+    assert len(losses) == 3 and losses[0] != losses[2]
+    assert other_losses == pytest.approx(losses, rel=1e-6)
+    scale = max(w.abs().max().item() for w in weights.values())
+    assert weights.keys() == other.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(other[key], weight, rtol=1e-6, atol=2e-6 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, names", [(2, list(CELLS)), (4, ON_FOUR)], ids=["2", "4"])
+def test_ddp_equals_one_process(on_one, processes, names):
+    codes = run_forked(train_cells, names, on_one, processes, processes=processes, folder=on_one)
+    assert codes == [0] * processes, logs(on_one)
+    for name in names:
+        assert_the_same(on_one, name, processes)
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_one_process(on_one):
+    """The full cells need the head's gradient to be summed over the processes; it is sharded on its own."""
+    codes = run_forked(train_cells_with_fsdp, WITH_FSDP, on_one, 2, processes=2, folder=on_one, environment=FSDP)
+    assert codes == [0, 0], logs(on_one)
+    for name in WITH_FSDP:
+        assert_the_same(on_one, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vrpo lora", "kto full ema_per_class"])
+def test_fsdp2_saves_and_resumes(on_one, tmp_path, name):
+    for rows in ("vrpo", "kto"):
+        os.symlink(on_one / rows, tmp_path / rows)
+    codes = run_forked(save_and_resume_with_fsdp, name, tmp_path, 2, processes=2, folder=tmp_path, environment=FSDP)
+    assert codes == [0, 0], logs(tmp_path)
+    (losses, weights), (resumed_losses, resumed) = torch.load(tmp_path / f"resumed {name}.pt")
+    assert resumed_losses == losses
+    assert all(torch.equal(resumed[n], w) for n, w in weights.items())
+    (saved,) = (tmp_path / "saved").glob("*model.safetensors")
+    saved = load_file(saved)
+    for key, weight in weights.items():
+        assert torch.equal(saved[key.replace(".default", "")], weight), key
+
+
+# Rows that do not fill the last batch
+
+
+def meet_rows(folder, processes, drop_last):
+    """The rows of each step, in the order in which one epoch meets them."""
+    trainer = test_trainers.make_trainer(
+        folder / "out",
+        dataset=load_from_disk(str(folder / "left over")),
+        per_device_train_batch_size=4 // processes,
+        train_sampling_strategy="sequential",
+        dataloader_drop_last=drop_last,
+    )
+    ids = [row["prompt_ids"] + row["chosen_ids"] for row in trainer.train_dataset]
+    met = []
+    for batch in trainer.get_train_dataloader():
+        chosen = [
+            row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        met.append(gather_object([ids.index(row) for row in chosen[: len(chosen) // 2]]))
+    return met
+
+
+def meet_rows_both_ways(folder, processes):
+    met = [meet_rows(folder, processes, drop_last) for drop_last in (False, True)]
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / f"met {processes}.json").write_text(json.dumps(met))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_rows_that_do_not_fill_the_last_batch(on_one):
+    """One process leaves the last batch short; several fill it from the start, unless it is dropped."""
+    full = [[4 * step + i for i in range(4)] for step in range(3)]
+    assert [meet_rows(on_one, 1, drop_last) for drop_last in (False, True)] == [[*full, [12, 13, 14]], full]
+    assert run_forked(meet_rows_both_ways, on_one, 2, processes=2, folder=on_one) == [0, 0], logs(on_one)
+    assert json.loads((on_one / "met 2.json").read_text()) == [[*full, [12, 13, 14, 0]], full]
+
+
+# Real launches
+
+SCRIPTS = {"vrpo_lora": (vrpo_lora, make_pairs), "elbo_kto_lora": (elbo_kto_lora, make_feedback)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_launched_examples_equal_one_process(tmp_path, name):
+    """`accelerate launch` with the published configuration, but on the CPU, against the script without a launcher."""
+    script, rows = SCRIPTS[name]
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows(8).to_json(tmp_path / "data" / "train.jsonl")
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
+    arguments += [
+        "--use_peft",
+        "--bf16",
+        "False",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--max_steps",
+        "2",
+        "--num_mc_samples",
+        "2",
+    ]
+    arguments += ["--optim", "sgd", "--learning_rate", "1.0", "--logging_steps", "1", "--save_strategy", "no"]
+    one = [*arguments, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
+    two = [*arguments, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    script.main(*script.make_parser().parse_args_and_config(one, fail_with_unknown_args=True))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "multi_gpu.yaml")]
+    launch += [
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+        str(ROOT / "examples" / f"{name}.py"),
+        *two,
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = {}
+    for folder in ("one", "two"):
+        state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
+        losses[folder] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert len(losses["one"]) == 2 and losses["two"] == pytest.approx(losses["one"], rel=1e-6)
+    weights, other = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one", "two"))
+    scale = max(w.abs().max().item() for w in weights.values())
+    for key, weight in weights.items():
+        torch.testing.assert_close(other[key], weight, rtol=1e-6, atol=2e-6 * scale)
