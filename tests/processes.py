@@ -24,8 +24,8 @@ def run_forked(function, *arguments, processes=1, folder, environment=None):
         started = []
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if processes > 1 else {}
-            variables = {**(ranks if processes > 1 else {}), **where, **(environment or {})}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # as launchers set it
+            variables = {**(ranks | where if processes > 1 else {}), **(environment or {})}
             log = Path(folder) / f"rank{rank}.log"
             process = multiprocessing.get_context("fork").Process(
                 target=_child, args=(function, arguments, variables, log), daemon=True
@@ -33,7 +33,7 @@ def run_forked(function, *arguments, processes=1, folder, environment=None):
             process.start()
             started.append(process)
     for process in started:
-        process.join(timeout=120)
+        process.join(timeout=300)
         if process.is_alive():
             process.kill()
             process.join()
