@@ -6,8 +6,8 @@ What the estimator is worth in the end: right answers on the demo's task after e
 
 The first four arms are the ablation of the VRPO paper (arXiv 2505.19223): K in {1, 8}, draws shared with the reference
 or not, fixed counts, not stratified. The other two are this package's default estimator. All arms run as many forwards
-in training, so one with fewer draws takes more steps. Everything else is the demo's. Finished cells are kept in
-`runs/estimator_accuracy/results.jsonl` and not run again.
+in training, the demo's, so one with fewer draws takes more steps. Everything else is the demo's too. Finished cells are
+kept in `runs/estimator_accuracy/results.jsonl` and not run again.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 import alignment
 import torch
 
-FORWARDS = 40 * 8  # of the policy in training, per pair of the batch and response
+# The demo's own budget: policy forwards in training, per pair of a batch and response
+FORWARDS = alignment.demo.ALIGNMENT["max_steps"] * alignment.demo.ALIGNMENT["num_mc_samples"]
 PAPER = {"mask_scheme": "fixed_count", "stratify": False, "control_variate": "none", "couple_pairs": False}
 ARMS = {
     "K=1, not shared": PAPER | {"num_mc_samples": 1, "share_draws": False},

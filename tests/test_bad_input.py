@@ -55,6 +55,11 @@ def test_a_dataset_with_no_usable_row(tmp_path):
         make_trainer(tmp_path, max_length=3)
 
 
+def test_an_evaluation_set_called_train_does_not_stand_for_the_training_set(tmp_path):
+    with pytest.raises(ValueError, match="The train dataset has columns .'chosen', 'prompt'.. It needs"):
+        make_trainer(tmp_path, dataset=make_pairs().remove_columns("rejected"), eval_dataset={"train": make_pairs()})
+
+
 def test_an_empty_dataset(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` has no rows"):
         make_trainer(tmp_path, dataset=make_pairs(1).select([]))
@@ -121,6 +126,9 @@ OPTIONS = [
     ({"f_divergence_type": "forward"}, "`f_divergence_type` must be one of .*'forward_kl'.*got 'forward'"),
     ({"elbo_gradient": "exact"}, "`elbo_gradient` must be one of .*got 'exact'"),
     # That do not go together
+    ({"label_smoothing": 0.1}, r"`label_smoothing=0.1` is read by .*'robust'.*`loss_type=\['sigmoid'\]`.*leave"),
+    ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is for cross entropies and would be ignored"),
+    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` adds noise to the embeddings that the policy and its"),
     ({"fp16": True, "elbo_gradient": "immediate"}, "`elbo_gradient='immediate'` cannot be used with `fp16=True`"),
     ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy='group_by_length'` saves padding"),
     ({"torch_compile": True}, "`torch_compile=True`.*is not supported: every response runs at its own length"),
@@ -248,6 +256,48 @@ def test_adapter_on_the_output_head(tmp_path, targets):
 def test_adapter_on_the_output_head_of_a_wrapped_model(tmp_path):
     wrapped = get_peft_model(make_model(), LoraConfig(target_modules=["ff_out"]))
     with pytest.raises(ValueError, match="adapter wraps the output head"):
+        make_trainer(tmp_path, wrapped)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "PiSSA", "olora"])
+def test_an_adapter_that_changes_its_base_model_leaves_no_reference(tmp_path, init):
+    with pytest.raises(ValueError, match=f"`init_lora_weights='{init}'` changes the weights of the base model.*ref_mo"):
+        make_trainer(tmp_path, peft_config=LoraConfig(init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_such_an_adapter_made_beforehand_has_a_reference(tmp_path, init):
+    wrapped = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+    trainer = make_trainer(tmp_path, wrapped, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == torch.tensor(2.0).log().item()
+
+
+def test_biases_that_the_reference_has_too(tmp_path):
+    with pytest.raises(ValueError, match="`bias='all'` of 'peft_config' trains biases of the base model"):
+        make_trainer(tmp_path, peft_config=LoraConfig(bias="all"))
+    wrapped = get_peft_model(make_model(), LoraConfig(bias="all", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`bias='all'` of 'default'"):
+        make_trainer(tmp_path, wrapped)
+
+
+def test_a_model_with_the_reference_of_another_trainer(tmp_path):
+    wrapped = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    make_trainer(tmp_path, wrapped)
+    with pytest.raises(ValueError, match=r"has an adapter 'ref'.*`model.delete_adapter\('ref'\)`"):
+        make_trainer(tmp_path, wrapped)
+    wrapped.delete_adapter("ref")
+    make_trainer(tmp_path, wrapped)
+
+
+def test_an_active_adapter_of_another_name(tmp_path):
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"active adapters are \['sft'\].*adapter_name='default'"):
+        make_trainer(tmp_path, get_peft_model(make_model(), config, adapter_name="sft"))
+    wrapped = get_peft_model(make_model(), config)
+    wrapped.add_adapter("other", config)
+    wrapped.set_adapter("other")
+    with pytest.raises(ValueError, match=r"active adapters are \['other'\]"):
         make_trainer(tmp_path, wrapped)
 
 

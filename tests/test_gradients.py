@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from test_head import HidesEverything, cost_model, make_batch, peak_of_training, scored
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import LOSS_TYPES, OPTIONS, assert_same_gradients, make_trainer
+from transformers import TrainerCallback
 
-from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo
+from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo, head
 from trl_diffusion.baselines import BASELINES
 from trl_diffusion.gradients import choose_gradient_mode
 from trl_diffusion.models.families import FAMILIES
@@ -189,8 +190,6 @@ def test_what_was_asked_for_is_not_announced(tmp_path, caplog):
 
 
 def test_the_choice_is_made_once(monkeypatch):
-    from trl_diffusion import head
-
     asked = []
     monkeypatch.setattr(head, "choose_gradient_mode", lambda *args: asked.append(1) or choose_gradient_mode(*args))
     model, batch = wrapped().get_base_model(), make_batch()
@@ -198,6 +197,49 @@ def test_the_choice_is_made_once(monkeypatch):
     for _ in range(3):
         scorer(model, **batch)
     assert asked == [1]
+
+
+class _Unfreezes(TrainerCallback):
+    """Gradual unfreezing: the first block is trained from the second step on. Keeps the gradients of its weights."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if "blocks.0" in name and "lora" in name:
+                parameter.requires_grad_(state.global_step > 0)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        mine = {n: p.grad for n, p in model.named_parameters() if "blocks.0" in n and p.grad is not None}
+        self.gradients.append({name: gradient.clone() for name, gradient in mine.items() if bool(gradient.any())})
+
+
+def test_weights_that_are_unfrozen_in_between(tmp_path):
+    found = {}
+    for mode in MODES:
+        torch.manual_seed(5)
+        callback = _Unfreezes()
+        options = {"max_steps": 2, "optim": "sgd", "elbo_gradient": mode}
+        # A reference of its own: PEFT unfreezes an adapter that was switched off to score the model without it
+        trainer = make_trainer(tmp_path, peft_config=lora(), ref_model=make_model(), **options)
+        trainer.add_callback(callback)
+        trainer.train()
+        found[mode] = callback.gradients
+    for mode in MODES:
+        assert not found[mode][0] and found[mode][1]
+        assert_same_gradients(found[mode][1], found["graph"][1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_the_score_does_not_reach_have_no_gradient(mode):
+    """None and not zero: weight decay would move them."""
+    model = wrapped().get_base_model()
+    model.unused = torch.nn.Linear(4, 4)
+    scorer = head.ELBOHead(MaskSampler(3), mask_token_id=2, elbo_gradient=mode, draws_per_forward=1)
+    scorer(model, **make_batch()).log_probs.sum().backward()
+    assert model.unused.weight.grad is None
+    assert sum(p.grad is not None for p in model.parameters()) == sum("lora" in n for n, _ in model.named_parameters())
 
 
 class _Scaled:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model, make_pairs
 from datasets import load_from_disk
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_kto import make_feedback
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import batch_of, make_trainer
@@ -104,6 +104,17 @@ def test_evaluation_has_one_set(tmp_path):
         assert found[key] == expected[key] != torch.tensor(2.0).log().item()
 
 
+def test_one_of_the_trainers_own_sets_is_evaluated_as_it_is(tmp_path):
+    sets = {"a": make_pairs(4), "b": make_pairs(3)}
+    trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, eval_dataset=sets, peft_config=LoraConfig(r=4))
+    move_from_the_reference(trainer)
+    together = trainer.evaluate()
+    for name in sets:
+        assert trainer.evaluate(trainer.eval_dataset[name])["eval_loss"] == together[f"eval_{name}_loss"]
+    with pytest.raises(ValueError, match="or give the rows as they were before a trainer prepared them"):
+        trainer.evaluate(trainer.train_dataset)
+
+
 def test_a_run_that_is_resumed_in_its_second_epoch_takes_the_second_set(tmp_path):
     def run(folder, until, resume=False):
         trainer = make_trainer(
@@ -163,6 +174,50 @@ def test_another_estimator_does_not_find_them(tmp_path, monkeypatch, options):
     assert not scored
     make_trainer(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
     assert len(scored) == 2
+
+
+# Name, model, options: what a reference value depends on beside weights and draws
+SETTINGS = [
+    pytest.param({"rms_norm_eps": 0.1}, {}, id="epsilon of the norms"),
+    pytest.param({"rope_theta": 10.0}, {}, id="rotary frequencies"),
+    pytest.param({"n_heads": 8}, {}, id="heads"),
+    pytest.param({"mask_token_id": 4}, {}, id="mask token"),
+    pytest.param({}, {"bf16": True}, id="precision"),
+]
+
+
+@pytest.mark.parametrize("config, options", SETTINGS)
+def test_the_same_weights_used_otherwise_do_not_find_them(tmp_path, monkeypatch, config, options):
+    dataset = on_disk(make_pairs(), tmp_path / "rows")
+    options = {"dataset": dataset, "precompute_ref_log_probs": True, **options}
+    make_trainer(tmp_path, make_model(), **{**options, "bf16": False})
+    scored = count_scored(monkeypatch)
+    make_trainer(tmp_path, make_model(), **{**options, "bf16": False})
+    assert not scored
+    mask_token_id = config.pop("mask_token_id", None)
+    model = make_model(**config)
+    if mask_token_id is not None:
+        model.config.mask_token_id = mask_token_id
+    make_trainer(tmp_path, model, **options)
+    assert len(scored) == 2
+
+
+def test_the_same_adapter_scaled_otherwise_does_not_find_them(tmp_path, monkeypatch):
+    """The reference of an adapter that was trained before is a copy of it."""
+    dataset = on_disk(make_pairs(), tmp_path / "rows")
+
+    def score(alpha):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            make_model(), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+        )
+        return stored(make_trainer(tmp_path, model, dataset=dataset, precompute_ref_log_probs=True))
+
+    one, scored = score(2), count_scored(monkeypatch)
+    again, other = score(2), score(8)
+    assert len(scored) == 2
+    for name, values in one.items():
+        assert torch.equal(again[name], values) and not torch.equal(other[name], values)
 
 
 def test_another_model_does_not_find_them(tmp_path, monkeypatch):

@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_kto
 import test_trainers
 import torch
-from conftest import make_pairs
+from conftest import make_model, make_pairs
 from peft import LoraConfig
 from processes import kill_myself, run_forked
 from test_kto import make_feedback
@@ -32,7 +33,7 @@ def make_vrpo(folder, **options):
     """Precomputed reference, accumulation, a last batch that is not full, dropout in the adapter."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "disable_dropout": False, **options}
     options = {"dataset": make_pairs(10), "precompute_ref_log_probs": True, **SAVED, **options}
-    return test_trainers.make_trainer(folder, peft_config=LoraConfig(r=2, lora_dropout=0.2), **options)
+    return test_trainers.make_trainer(folder, **{"peft_config": LoraConfig(r=2, lora_dropout=0.2), **options})
 
 
 def make_kto(folder, **options):
@@ -247,7 +248,13 @@ def test_a_full_disk_loses_nothing(tmp_path, whole, monkeypatch):
 REFUSED = [
     ("vrpo", {"beta": 0.5}, "`beta` was 0.2 and is 0.5 .the objective is another one"),
     ("vrpo", {"loss_type": "ipo"}, r"`loss_type` was \['sigmoid'\] and is \['ipo'\]"),
-    ("vrpo", {"label_smoothing": 0.1}, "`label_smoothing` was 0.0 and is 0.1"),
+    ("vrpo", {"loss_type": "robust", "label_smoothing": 0.1}, "`label_smoothing` was 0.0 and is 0.1"),
+    ("vrpo", {"f_divergence_type": "js_divergence"}, "`f_divergence_type` was 'reverse_kl' and is 'js_divergence'"),
+    ("vrpo", {"discopop_tau": 0.1}, "`discopop_tau` was 0.05 and is 0.1"),
+    ("vrpo", {"peft_config": LoraConfig(r=2, lora_dropout=0.2, lora_alpha=64)}, "`adapter` was .*scaled in another"),
+    ("vrpo", {"peft_config": LoraConfig(r=2, lora_dropout=0.2, use_rslora=True)}, "`adapter` was .*'use_rslora': True"),
+    ("vrpo", {"model": make_model(seed=9)}, "`reference` was .*a sample of which is compared"),
+    ("kto", {"model": make_model(seed=9)}, "`reference` was .*a sample of which is compared"),
     ("vrpo", {"seed": 7}, "`seed` was 42 and is 7 .it orders the rows"),
     ("vrpo", {"data_seed": 7}, "`seed` was 42 and is 7"),
     ("vrpo", {"dataset": make_pairs(12)}, "`data` was .*the rows that were seen and those to come"),
@@ -291,6 +298,33 @@ def test_other_noise_is_warned_of(tmp_path, whole, caplog, change, message):
     found = [record.getMessage() for record in caplog.records if "Resuming" in record.getMessage()]
     assert len(found) == 1 and message in found[0]
     assert trainer.state.global_step == STEPS
+
+
+def test_a_reference_that_moves_is_not_in_the_checkpoint(tmp_path):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "precompute_ref_log_probs": False}
+    make_vrpo(tmp_path, peft_config=None, **options).train()
+    with pytest.raises(ValueError, match="`sync_ref_model=True` moves the reference along, and .* does not hold it"):
+        make_vrpo(tmp_path, peft_config=None, **options).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="`sync_ref_model` was True and is False .the objective is another one"):
+        options["sync_ref_model"] = False
+        make_vrpo(tmp_path, peft_config=None, **options).train(resume_from_checkpoint=True)
+
+
+def test_machines_without_a_shared_disk(tmp_path, whole, monkeypatch):
+    """Each of two machines has the random states of its own two processes."""
+    folder = shutil.copytree(whole["vrpo"][3] / "checkpoint-4", tmp_path / "checkpoint-4")
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["RunRecord"]["args"]["record"]["processes"] = 4
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_2.pth")
+    monkeypatch.setattr(checkpoints, "PartialState", lambda: SimpleNamespace(process_index=3, local_process_index=1))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert problem_of(folder) == "rng_state_3.pth is missing"
+    shutil.copy(folder / "rng_state.pth", folder / "rng_state_3.pth")
+    assert problem_of(folder) == ""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(checkpoints, "PartialState", lambda: SimpleNamespace(process_index=3, local_process_index=3))
+    assert problem_of(folder) == "rng_state_0.pth and rng_state_1.pth are missing"
 
 
 def test_a_new_version_of_the_draws_is_warned_of(tmp_path, whole, caplog, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import make_pairs
 from peft import LoraConfig
+from test_reference import holds_reference_values, on_disk
 from test_trainers import make_trainer
 
 from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig
@@ -147,10 +148,12 @@ def test_a_run_asks_the_network_for_nothing(tmp_path):
 
 
 def test_stored_references_are_keyed_by_content(tmp_path):
-    """Another row in the data, and the values of the first run are not found; see test_trainers.py for the draws."""
-    stored = []
-    for rows in (make_pairs(4), make_pairs(5).select(range(1, 5))):
-        trainer = make_trainer(tmp_path, dataset=rows, precompute_ref_log_probs=True)
+    """Rows on disk, of which others are chosen: stored values are not found; of the same rows they are."""
+    rows, stored, files = on_disk(make_pairs(5), tmp_path / "rows"), [], []
+    for chosen in (range(4), range(1, 5), range(4)):
+        trainer = make_trainer(tmp_path, dataset=rows.select(chosen), precompute_ref_log_probs=True)
         stored.append(trainer.train_dataset["ref_chosen_logps"])
-    assert stored[0] != stored[1]
+        files.append(sum(map(holds_reference_values, (tmp_path / "rows").iterdir())))
+    assert stored[0] != stored[1] and stored[2] == stored[0]
     assert stored[0][1:] == pytest.approx(stored[1][:3], rel=1e-6)
+    assert files == [1, 2, 2]

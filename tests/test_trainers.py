@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
+from datasets import load_from_disk
 from dpo_reference import OPTIONS, losses
 from peft import LoraConfig, get_peft_model
 
@@ -213,7 +214,8 @@ def test_the_own_evaluation_set_can_be_named(tmp_path):
 
 def test_precomputed_references_are_keyed_by_their_draws(tmp_path):
     """Another estimator on the same data and model must not find the first one's values."""
-    dataset = make_pairs()
+    make_pairs().save_to_disk(tmp_path / "rows")  # values are stored beside rows that are on disk
+    dataset = load_from_disk(tmp_path / "rows")
     for options in ({}, {"num_mc_samples": 2}, {"seed": 7}, {"mask_scheme": "bernoulli"}, {"stratify": False}):
         trainer = make_trainer(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
         inputs = batch_of(trainer)

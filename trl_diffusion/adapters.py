@@ -23,6 +23,58 @@ def fitting_get_peft_model(get_peft_model: Callable[..., PeftModel]) -> Callable
     return get_fitting_peft_model
 
 
+# Initialisations that change the base model's weights
+_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What scales an adapter beside its weights
+_SCALING = ("r", "lora_alpha", "alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+def check_reference_of_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
+    """
+    Refuse adapters that leave no reference behind: without a `ref_model` it is the model without the adapter that
+    `peft_config` makes, or a copy of the adapter that `model` came with.
+    """
+    if ref_model is not None:
+        return
+    configs = {"peft_config": peft_config} if peft_config is not None else getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        if getattr(config, "bias", "none") != "none":
+            raise ValueError(
+                f"`bias={config.bias!r}` of {name!r} trains biases of the base model, which the reference has too: it "
+                "would move. Set `bias='none'`, or pass a `ref_model`."
+            )
+    init = getattr(peft_config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_THE_BASE):
+        raise ValueError(
+            f"`init_lora_weights={init!r}` changes the weights of the base model, so that without its adapter it would "
+            "be another model than the one training starts from. Make the adapter with `peft.get_peft_model` and pass "
+            "that as `model`, whose adapter is then copied, or pass a `ref_model`."
+        )
+    if isinstance(model, PeftModel):
+        _check_adapters(model)
+
+
+def _check_adapters(model: PeftModel) -> None:
+    """TRL trains what is active, and copies "default"."""
+    if "ref" in model.peft_config:
+        raise ValueError(
+            "The model has an adapter 'ref', the name of the copy that is made here for the reference; a trainer that "
+            "was made from it before leaves one. Remove it with `model.delete_adapter('ref')`, or pass a `ref_model`."
+        )
+    if list(model.active_adapters) != ["default"]:
+        raise ValueError(
+            f"The active adapters are {list(model.active_adapters)}, and the reference would be a copy of 'default'. "
+            "Load the one to train with `adapter_name='default'` (which is what PEFT does without a name), or pass a "
+            "`ref_model`."
+        )
+
+
+def adapter_scaling(model: Any) -> dict[str, dict[str, Any]]:
+    """By name of the adapter, the settings that its weights are scaled by; empty without one."""
+    configs = getattr(model, "peft_config", {})
+    return {name: {key: getattr(c, key) for key in _SCALING if hasattr(c, key)} for name, c in configs.items()}
+
+
 def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
     """
     The adapter's configuration with `target_modules` filled in from the family if there are none.

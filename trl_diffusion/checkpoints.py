@@ -8,12 +8,14 @@ at the end of a zip archive, and whether JSON can be parsed. Nothing is unpickle
 """
 
 import json
+import os
 import re
 import struct
 import zipfile
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
@@ -154,7 +156,7 @@ def _problem_of_training_state(checkpoint: Path, state: dict) -> str:
     names = {path.name for path in archives} | {path.name for path in checkpoint.iterdir() if path.is_dir()}
     record = state.get("stateful_callbacks", {}).get("RunRecord", {}).get("args", {}).get("record", {})
     processes = record.get("processes", 1)
-    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+    states = _random_states(processes)
     if not archives:
         return f"optimizer.pt, scheduler.pt and {states[0]} are missing (was it saved with `save_only_model=True`?)"
     missing = [name for name in ("scheduler.pt", *(states if record else ())) if name not in names]
@@ -163,6 +165,16 @@ def _problem_of_training_state(checkpoint: Path, state: dict) -> str:
     if missing:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     return next((f"{path.name} is cut short" for path in archives if not zipfile.is_zipfile(path)), "")
+
+
+def _random_states(processes: int) -> list[str]:
+    """Their names, of the processes on this machine: without a shared disk each machine has its own."""
+    if processes == 1:
+        return ["rng_state.pth"]
+    here = PartialState()
+    first = here.process_index - here.local_process_index
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return [f"rng_state_{i}.pth" for i in range(first, min(first + on_this_machine, processes))]
 
 
 def _problem_of_safetensors(path: Path) -> str:

@@ -19,7 +19,14 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ._trl import is_conversational, seam, seam_function
-from .adapters import adapter_precision, cast_adapters, fitting_get_peft_model, keep_differentiable, reference_copy
+from .adapters import (
+    adapter_precision,
+    cast_adapters,
+    check_reference_of_adapters,
+    fitting_get_peft_model,
+    keep_differentiable,
+    reference_copy,
+)
 from .data import append_eos, drop_unusable_rows, ending_token_ids
 from .diagnostics import ScoreDiagnostics
 from .draws import MaskDraws
@@ -81,6 +88,7 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
         args = self._default_arguments(model) if args is None else args
         check_arguments(args, self._config_class, compute_metrics)
         check_models(model, ref_model, processing_class)
+        check_reference_of_adapters(model, ref_model, peft_config)
         check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
         if not isinstance(model, str):
             self._check_model(model, processing_class)
@@ -230,9 +238,11 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
             self._metrics[mode][key].append(self.accelerator.gather(value).mean().item())
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation set is prepared already."""
-        if eval_dataset is self.eval_dataset:
-            eval_dataset = None
+        """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        prepared = [name for name, dataset in named.items() if dataset is eval_dataset]
+        if prepared or eval_dataset is self.eval_dataset:
+            eval_dataset = prepared[0] if prepared else None
         elif isinstance(eval_dataset, Dataset | IterableDataset):
             check_dataset(eval_dataset, "eval", self._row_forms, self._reference_columns)
         return super().evaluate(eval_dataset, **kwargs)

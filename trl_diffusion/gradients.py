@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 GRADIENT_MODES = ("auto", "immediate", "checkpoint", "graph")
 
 Score = Callable[[torch.Tensor], torch.Tensor]
-Gradient = tuple[torch.Tensor, ...]
+Gradient = tuple[torch.Tensor | None, ...]  # by weight; none where the score does not depend on it
 
 
 SHARDED = "the weights are sharded (FSDP, ZeRO-3) and gathered by hooks that an inner backward does not run"
@@ -97,19 +97,27 @@ def score_with_gradient(
         weights: of the log-probabilities in the ELBO, chunk by chunk.
         parameters: what to differentiate by.
     """
-    # Not in the precision of the weights: many draws are summed
-    total = tuple(p.new_zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters)
+    total: list[torch.Tensor | None] = [None] * len(parameters)
     log_probs = []
     for chunk, weight in zip(chunks, weights, strict=True):
         with torch.enable_grad():
             scored = score(chunk)
             elbo = (scored * weight).sum()
         # Not kept in a variable: it would be there during the next chunk
-        for buffer, gradient in zip(total, torch.autograd.grad(elbo, parameters, allow_unused=True), strict=True):
-            if gradient is not None:
-                buffer += gradient
+        for i, gradient in enumerate(torch.autograd.grad(elbo, parameters, allow_unused=True)):
+            total[i] = _add(total[i], gradient)
         log_probs.append(scored.detach())
-    return torch.cat(log_probs), total
+    return torch.cat(log_probs), tuple(total)
+
+
+def _add(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    """Their sum, in place; not in the precision of the weights, since those of many draws are added."""
+    if gradient is None:
+        return total
+    if total is None:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+    total += gradient
+    return total
 
 
 def carry_gradients(
@@ -154,9 +162,10 @@ class _Known(torch.autograd.Function):
                 "`elbo_gradient='immediate'` knows the gradient of a response's ELBO, and this loss weighs the tokens "
                 "of a response differently. Set `elbo_gradient='checkpoint'`."
             )
-        totals = []
-        for i, parameter_dtype in enumerate(ctx.dtypes):
-            scaled = [scale * row[i] for scale, row in zip(scales, ctx.gradients, strict=True)]
-            totals.append(torch.stack(scaled).sum(0).to(parameter_dtype))
+        totals: list[torch.Tensor | None] = []
+        for dtype, rows in zip(ctx.dtypes, zip(*ctx.gradients, strict=True), strict=True):
+            # The weights of one model may lie on several devices
+            scaled = [scale.to(row.device) * row for scale, row in zip(scales, rows, strict=True) if row is not None]
+            totals.append(torch.stack(scaled).sum(0).to(dtype) if scaled else None)
         del ctx.gradients
         return (None, None, None, *totals)

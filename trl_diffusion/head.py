@@ -77,7 +77,7 @@ class ELBOHead:
     obstacle: str = ""
     announce: Callable[[str], None] | None = None
     observer: Callable[[ELBOHeadOutput], None] | None = None
-    _chosen: WeakKeyDictionary[torch.nn.Module, tuple[str, list[torch.nn.Parameter]]] = field(
+    _chosen: WeakKeyDictionary[torch.nn.Module, str] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
@@ -115,13 +115,14 @@ class ELBOHead:
         return output
 
     def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
-        mode, parameters = self._gradient_mode(model)
+        mode = self._gradient_mode(model)
         responses = [
             self._response(model, *row)
             for row in zip(input_ids, real, draws.masked.unbind(1), draws.weight.unbind(1), strict=True)
         ]
         if mode != "immediate":
             return weigh(_place([score_with_graph(score, masks, mode) for score, masks, _ in responses], real), draws)
+        parameters = trainable_parameters(model)  # of this step: a callback may have frozen or freed some
         scored, gradients = zip(
             *(score_with_gradient(score, masks, weights, parameters) for score, masks, weights in responses),
             strict=True,
@@ -129,13 +130,13 @@ class ELBOHead:
         elbo = weigh(_place(scored, real), draws)
         return replace(elbo, terms=carry_gradients(elbo.terms, maskable, gradients, parameters))
 
-    def _gradient_mode(self, model) -> tuple[str, list[torch.nn.Parameter]]:
-        """How, and by what, to differentiate: settled at the first forward with a gradient, the weights in place."""
+    def _gradient_mode(self, model) -> str:
+        """How to differentiate: settled at the first forward with a gradient, when the weights are in place."""
         if not torch.is_grad_enabled():
-            return "graph", []
+            return "graph"
         if model not in self._chosen:
             mode, reason = choose_gradient_mode(self.elbo_gradient, model, self.obstacle)
-            self._chosen[model] = mode, trainable_parameters(model)
+            self._chosen[model] = mode
             if self.elbo_gradient == "auto" and self.announce is not None:
                 self.announce(f"`elbo_gradient='auto'` is {mode!r} here: {reason}.")
         return self._chosen[model]

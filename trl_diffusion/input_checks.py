@@ -107,9 +107,8 @@ RowForms = tuple[tuple[str, ...], ...]
 def check_datasets(args: Any, train_dataset: Any, eval_dataset: Any, forms: RowForms, refused: tuple[str, ...]) -> None:
     """Check what a constructor was given, see [`check_dataset`]; there may be several sets to evaluate on, or none."""
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    for name, dataset in {"train": train_dataset, **evaluated}.items():
-        if name != "train" and dataset is None:
-            continue
+    given = [("train", train_dataset), *((name, dataset) for name, dataset in evaluated.items() if dataset is not None)]
+    for name, dataset in given:
         check_dataset(dataset, name, forms, refused)
         if args.precompute_ref_log_probs and args.world_size > 1 and not getattr(dataset, "cache_files", [None]):
             raise ValueError(
@@ -194,7 +193,8 @@ def _form_of(columns: list[str], name: str, forms: RowForms, refused: tuple[str,
     if found:
         raise ValueError(
             f"The {name} dataset has columns {found}. Reference scores are valid only for the draws they were "
-            "computed on: remove the columns, and set `precompute_ref_log_probs=True` to have them computed here."
+            "computed on: remove the columns, or give the rows as they were before a trainer prepared them. "
+            "`precompute_ref_log_probs=True` has them computed here."
         )
     for form in forms:
         if set(form) <= set(columns):

@@ -17,6 +17,7 @@ DPO_LOSS_TYPES = (
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # what reads `label_smoothing`
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 _KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), bool: (bool, "True or False"), str: (str, "a text")}
@@ -75,6 +76,16 @@ def check_values(args: Any) -> None:
             "`train_sampling_strategy='group_by_length'` saves padding, and responses run at their exact length, "
             "without padding. Leave it at 'random'."
         )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha!r}` adds noise to the embeddings that the policy and its "
+            "reference share, another for each, which hides the difference of the two. Leave it at None."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor!r}` is for cross entropies and would be ignored. "
+            "Leave it at 0; `label_smoothing` is the share of preferences that are taken to be wrong."
+        )
     if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
         raise ValueError(
             f"`torch_compile={args.torch_compile}` (or its backend or mode) is not supported: every response runs at "
@@ -83,11 +94,18 @@ def check_values(args: Any) -> None:
 
 
 def check_loss_types(args: Any, known: tuple[str, ...]) -> None:
-    """Refuse unknown loss types and weights that cannot weigh them."""
+    """Refuse unknown loss types, weights that cannot weigh them, and smoothing that none of them does."""
     given = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type or ())
     unknown = [name for name in given if name not in known]
     if unknown or not given:
         raise ValueError(f"`loss_type` must be among {list(known)}, got {args.loss_type!r}.")
+    smoothing = getattr(args, "label_smoothing", 0)
+    if smoothing and not set(given) & set(_SMOOTHED):
+        raise ValueError(
+            f"`label_smoothing={smoothing}` is read by the loss types {list(_SMOOTHED)} only, got "
+            f"`loss_type={args.loss_type!r}`. For preferences that may be wrong take `loss_type='robust'`, or leave "
+            "`label_smoothing` at 0."
+        )
     weights = getattr(args, "loss_weights", None)
     if weights is None:
         return

@@ -6,6 +6,7 @@ meet these draws again: those of a set, one set per epoch, in turn. TRL's own lo
 it is given a part of the rows at a time, so that a run that was interrupted goes on with the part it was at.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from accelerate.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 
+from .adapters import adapter_scaling
 from .head import FIXED_NONCE
+from .models.families import resolve_mask_token_id
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from ._trl import DPOTrainer as _TRLTrainer
@@ -29,6 +32,8 @@ logger = get_logger(__name__)
 
 # Added to the step for the policy's own draws when draws are not shared with the reference
 _UNSHARED = 1 << 40
+# Parts of a model's configuration that change nothing of what it computes
+_NOT_OF_THE_FUNCTION = ("_name_or_path", "transformers_version", "use_cache", "architectures")
 # Rows whose values are stored together: what an interruption can cost
 _ROWS_PER_PART = 256
 
@@ -47,6 +52,8 @@ class ReferenceMixin(_TRLTrainer):
     _precompute_model_hash: str
     precompute_ref_logps: bool
     _sampler: Any
+    _model_config: Any
+    _tokenizer: Any
     _draw_set: int | None = None  # the one whose values are being stored
 
     # In a step
@@ -104,9 +111,9 @@ class ReferenceMixin(_TRLTrainer):
 
     def _score_set(self, dataset: Dataset, label: str, batch_size: int, draw_set: int) -> dict[str, np.ndarray]:
         """Reference values of all rows on one set of draws, by column, in parts that TRL stores."""
-        # TRL keys what it stores by the rows and the model; an ELBO depends on the draws as well
+        # TRL keys what it stores by the rows and the model's weights
         trl_hash = self._precompute_model_hash
-        key = Hasher.hash((trl_hash, self._sampler.key, self.args.max_length, draw_set))
+        key = Hasher.hash((trl_hash, self._sampler.key, self.args.max_length, draw_set, self._reference_settings()))
         self._precompute_model_hash, self._draw_set = key, draw_set
         parts = []
         try:
@@ -121,6 +128,14 @@ class ReferenceMixin(_TRLTrainer):
         finally:
             self._precompute_model_hash, self._draw_set = trl_hash, None
         return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
+
+    def _reference_settings(self) -> str:
+        """What reference values depend on besides rows, weights and draws."""
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_FUNCTION}
+        mask = resolve_mask_token_id(self._model_config, self._tokenizer)
+        parts = (settings, adapter_scaling(model), mask, self.accelerator.mixed_precision)
+        return json.dumps(parts, sort_keys=True, default=str)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]; on the set that is being stored."""

@@ -33,6 +33,11 @@ class ResumingMixin(_Trainer):
                 "Pass a `peft_config`, load the adapter with `is_trainable=True`, or call `model.requires_grad_(True)`."
             )
         checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint and getattr(self.args, "sync_ref_model", False):
+            raise ValueError(
+                f"`sync_ref_model=True` moves the reference along, and {checkpoint} does not hold it: the run would go "
+                "on against the first one. Start anew without `resume_from_checkpoint`, or set `sync_ref_model=False`."
+            )
         if checkpoint:
             compare_with(checkpoint, self._run_record)
         return super().train(checkpoint, *args, **kwargs)

@@ -7,17 +7,20 @@ Data, objective and order have to be the same; what changes the noise of the est
 has the table.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .adapters import adapter_scaling
 from .baselines import NEED_A_BATCH
 from .checkpoints import read_state
 from .draws import DRAW_VERSION
@@ -26,19 +29,23 @@ from .models.families import resolve_mask_token_id
 
 logger = get_logger(__name__)
 
-_CLASS_WEIGHTS = ("desirable_weight", "undesirable_weight")
+_OF_THE_OBJECTIVE = (
+    *("loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"),
+    *("discopop_tau", "baseline", "desirable_weight", "undesirable_weight", "sync_ref_model"),
+)
 _OBJECTIVE = "the objective is another one"
 _ORDER = "some rows of this epoch would be seen twice and others never"
 _NOISE = "the noise of every estimate changes, and with it the loss"
 # What a difference means. A run that went on with one of these would be two halves that are not one run.
 REFUSED = {
-    **dict.fromkeys(("trainer", "loss_type", "loss_weights", "beta", "label_smoothing", "baseline"), _OBJECTIVE),
-    **dict.fromkeys(_CLASS_WEIGHTS, _OBJECTIVE),
+    **dict.fromkeys(("trainer", *_OF_THE_OBJECTIVE), _OBJECTIVE),
     "data": "the rows that were seen and those to come are not of one dataset",
     "seed": f"it orders the rows, and {_ORDER}",
     "batch_composition": f"it orders the rows, and {_ORDER}",
     "rows_per_step": f"batch size x processes x accumulation; the place in an epoch is counted in steps, and {_ORDER}",
     "mask_token_id": "the model's input is another one",
+    "adapter": "the adapter's weights would be scaled in another way",
+    "reference": "its weights, a sample of which is compared, are of another model or in another precision",
     "weights": "the stored weights are not those that are trained now; use the same model and `peft_config`",
 }
 # Any other option of the estimator is warned of as noise
@@ -52,7 +59,8 @@ WARNED = {
 }
 # Options of the estimator that change neither what is estimated nor its noise; what `append_eos` does is in the data
 _WITHOUT_EFFECT = ("draws_per_forward", "elbo_gradient", "append_eos")
-_OPTIONS = ("loss_type", "loss_weights", "beta", "label_smoothing", "baseline", "batch_composition", *_CLASS_WEIGHTS)
+_OPTIONS = (*_OF_THE_OBJECTIVE, "batch_composition")
+_SAMPLED = 64  # numbers of each weight of the reference that are compared
 
 
 class RunRecord(TrainerCallback, ExportableState):
@@ -81,13 +89,15 @@ def make_record(trainer: Any) -> dict[str, Any]:
     micro_batch = args.per_device_train_batch_size * args.world_size
     shuffled = isinstance(dataset, Dataset) and args.train_sampling_strategy != "sequential"
     return {
-        **{name: getattr(args, name) for name in (*estimator, *_OPTIONS) if hasattr(args, name)},
+        **{name: _plain(getattr(args, name)) for name in (*estimator, *_OPTIONS) if hasattr(args, name)},
         "trainer": type(trainer)._name,
         "data": fingerprint(dataset, ("prompt_ids", *trainer._completion_columns, "label")),
         "seed": (args.seed if args.data_seed is None else args.data_seed) if shuffled else None,
         "rows_per_step": micro_batch * args.gradient_accumulation_steps,
         "mask_token_id": resolve_mask_token_id(trainer._model_config, trainer._tokenizer),
         "weights": _fingerprint_of_weights(trainer.model),
+        "adapter": _plain(adapter_scaling(trainer.model)),
+        "reference": _fingerprint_of_reference(trainer),
         "draw_version": DRAW_VERSION,
         "draw_seed": args.mask_sampler().seed,
         "precomputed": args.precompute_ref_log_probs,
@@ -112,6 +122,8 @@ def compare_with(checkpoint: str, now: dict[str, Any]) -> None:
         )
         return
     names = sorted({*stored, *now})
+    if None in (stored.get("reference"), now.get("reference")):
+        names.remove("reference")
     changed = {name: (stored.get(name), now.get(name)) for name in names if stored.get(name) != now.get(name)}
     refused = [f"`{n}` was {a!r} and is {b!r} ({REFUSED[n]})" for n, (a, b) in changed.items() if n in REFUSED]
     if refused:
@@ -147,6 +159,29 @@ def fingerprint(dataset: Any, columns: Sequence[str]) -> str | None:
                 digest.update(np.asarray(values.value_lengths(), dtype="<i8").tobytes())
                 values = values.flatten()
             digest.update(np.asarray(values.to_numpy(zero_copy_only=False), dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As it will be when it comes back from JSON."""
+    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))
+
+
+def _fingerprint_of_reference(trainer: Any) -> str | None:
+    """
+    A hash of a sample of the reference's weights; None where they are not in one piece.
+
+    It is a model of its own; or with an adapter what is frozen; or, scored in advance, the model as it is before
+    training.
+    """
+    parameters = list((trainer.ref_model or trainer.model).named_parameters())
+    frozen = [] if trainer.ref_model else [(name, p) for name, p in parameters if not p.requires_grad]
+    digest = blake2b(digest_size=16)
+    for name, parameter in frozen or parameters:
+        if parameter.is_meta or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+            return None
+        sample = parameter.data.flatten()[:: max(1, parameter.numel() // _SAMPLED)].contiguous()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
