@@ -59,7 +59,7 @@ def noise_trainer(root: Path, baseline: str, seed: int) -> ELBOKTOTrainer:
     folder = root / f"seed-{seed}"
     made = demo_kto.prepare(folder, seed)
     if not (folder / "early" / "adapter_config.json").exists():
-        demo_kto.align(folder, folder / "early", seed=seed, eval_strategy="no", max_steps=NOISE_STEPS)
+        demo_kto.align(folder, folder / "early", seed=seed, eval_strategy="no", max_steps=NOISE_STEPS, **FIXED_COUNTS)
     settings = demo_kto.ALIGNMENT | options_of(baseline)
     kept = ("num_mc_samples", "beta", "per_device_train_batch_size", "baseline", "batch_composition", *FIXED_COUNTS)
     kept = {name: settings[name] for name in (*kept, "train_sampling_strategy") if name in settings}

@@ -188,13 +188,14 @@ def report(name: str, result: dict, options: dict, args) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("runs/llada_8b/checkpoint"))
+    parser.add_argument("--checkpoint", type=Path, help="by default under runs/llada_8b")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--draws", type=int, default=8, help="num_mc_samples")
     parser.add_argument("--draws_per_forward", type=int, default=None)
     parser.add_argument("--tiny", action="store_true", help="a small model, on the CPU too")
     parser.add_argument("--variant", choices=VARIANTS, help="measure this one here; by default each in its own process")
     args = parser.parse_args()
+    args.checkpoint = args.checkpoint or Path("runs/llada_8b") / ("tiny" if args.tiny else "checkpoint")
     if not args.tiny and not torch.cuda.is_available():
         parser.error("this needs a GPU; `--tiny` checks the script without one")
     if args.variant:

@@ -129,6 +129,8 @@ def test_an_interrupted_diagnosis_goes_on_and_other_weights_start_anew(tmp_path,
     before = len(calls)
     assert diagnose(tmp_path, make_model(seed=3), make_model(seed=2)) != report
     assert len(calls) == before + whole
+    assert diagnose(tmp_path, make_model(seed=1, rms_norm_eps=0.1), make_model(seed=2, rms_norm_eps=0.1)) != report
+    assert len(calls) == before + 2 * whole
 
 
 def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
@@ -138,6 +140,9 @@ def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
     model.save_pretrained(tmp_path / "model")
     assert diagnose(tmp_path / "other", str(tmp_path / "model")).variance == report.variance
     assert not report.compares_with_reference and "stand in for log-ratios" in str(report)
+    # How many draws are enough is a statement about the score, which is zero
+    assert "num_mc_samples" not in report.options and "num_mc_samples" not in str(report)
+    assert "Score: " not in str(report) and "train for some steps" in str(report)
     assert set(model.state_dict()) == names and all(v > 0 for v in report.variance.values())
 
 
@@ -178,6 +183,14 @@ def test_recommendation(changes, target, expected):
     assert report.options == {"num_mc_samples": expected[1], **ESTIMATORS[expected[0]]}
     reached = report.variance[expected] ** 0.5 <= target
     assert (" reaches " in str(report)) == reached
+
+
+def test_shares_that_were_not_measured_are_not_printed():
+    """Each part is a difference of estimates; with few draws of few pairs one can come out far below zero."""
+    assert "level 20%, tokens 50%, context 30%." in str(REPORT)
+    assert "tokens 0%, context 99%" in str(replace(REPORT, parts={"level": 0.02, "tokens": -0.01, "context": 0.99}))
+    report = replace(REPORT, parts={"level": 0.08, "tokens": -2.78, "context": 3.7})
+    assert "Noise of a single draw: too few pairs or draws to tell where it comes from." in str(report)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from conftest import make_model
 from test_trainers import make_trainer
 from trl import DPOTrainer, KTOTrainer
 
-import trl_diffusion
-from trl_diffusion import elbo_trainer
+from trl_diffusion import _trl, elbo_trainer
 from trl_diffusion._trl import SEAM_NAMES, FusedCausalLMOutput, seam
 from trl_diffusion.option_checks import DPO_LOSS_TYPES, KTO_LOSS_TYPES
 
@@ -81,17 +80,17 @@ def test_trl_itself_would_score_the_model_as_a_causal_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "found, message", [("1.15.2", "found trl 1.15.2"), ("1.17.0", "found trl 1.17.0"), (None, "needs trl")]
+    "found, message", [("1.15.2", "found trl 1.15.2"), ("1.17.0", "found trl 1.17.0"), (None, "need trl")]
 )
-def test_other_versions_are_refused_at_import(monkeypatch, found, message):
+def test_other_versions_are_refused(monkeypatch, found, message):
     def installed(name):
         if found is None:
-            raise trl_diffusion.PackageNotFoundError
+            raise _trl.PackageNotFoundError
         return found
 
-    monkeypatch.setattr(trl_diffusion, "version", installed)
+    monkeypatch.setattr(_trl, "version", installed)
     with pytest.raises(ImportError, match=message):
-        trl_diffusion._check_trl()
+        _trl._check_trl()
 
 
 def test_the_range_is_the_one_of_the_package_metadata():
@@ -99,7 +98,7 @@ def test_the_range_is_the_one_of_the_package_metadata():
 
     (requirement,) = [r for r in requires("trl_diffusion") if r.startswith("trl<") or r.startswith("trl>")]
     assert set(requirement.replace("trl", "").split(",")) == {">=1.16", "<1.17"}
-    assert trl_diffusion._TESTED_TRL == ((1, 16), (1, 17))
+    assert _trl._TESTED_TRL == ((1, 16), (1, 17))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,7 @@ Names are imported when they are first used, so that importing the package costs
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
-
-from packaging.version import Version
 
 from ._version import __version__
 
@@ -61,26 +58,6 @@ __all__ = [
     "elbo",
     "estimate_memory",
 ]
-
-# The minor versions of TRL that the seam was tested on; the same range as in pyproject.toml
-_TESTED_TRL = ((1, 16), (1, 17))
-
-
-def _check_trl() -> None:
-    try:
-        installed = version("trl")
-    except PackageNotFoundError:
-        raise ImportError("trl_diffusion needs trl>=1.16,<1.17: `pip install 'trl>=1.16,<1.17'`.") from None
-    minor = Version(installed).release[:2]
-    if not _TESTED_TRL[0] <= minor < _TESTED_TRL[1]:
-        raise ImportError(
-            f"trl_diffusion {__version__} was tested with trl>=1.16,<1.17 and found trl {installed}. It changes one "
-            "thing inside TRL and cannot vouch for a version where that may have moved: `pip install "
-            "'trl>=1.16,<1.17'`."
-        )
-
-
-_check_trl()
 
 
 def __getattr__(name: str) -> Any:

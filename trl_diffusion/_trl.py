@@ -10,8 +10,33 @@ constructor. tests/test_trl_contract.py holds TRL to what is said here.
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from unittest import mock
+
+from packaging.version import Version
+
+from ._version import __version__
+
+# The minor versions of TRL that the seam was tested on; the same range as in pyproject.toml
+_TESTED_TRL = ((1, 16), (1, 17))
+
+
+def _check_trl() -> None:
+    try:
+        installed = version("trl")
+    except PackageNotFoundError:
+        raise ImportError("The trainers need trl>=1.16,<1.17: `pip install 'trl>=1.16,<1.17'`.") from None
+    minor = Version(installed).release[:2]
+    if not _TESTED_TRL[0] <= minor < _TESTED_TRL[1]:
+        raise ImportError(
+            f"trl_diffusion {__version__} was tested with trl>=1.16,<1.17 and found trl {installed}. It changes one "
+            "thing inside TRL and cannot vouch for a version where that may have moved: `pip install "
+            "'trl>=1.16,<1.17'`."
+        )
+
+
+_check_trl()  # before anything is looked for in it
 
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ModelConfig, get_dataset
 from trl.data_utils import is_conversational

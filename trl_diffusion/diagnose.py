@@ -107,7 +107,7 @@ def _score_pairs(trainer: DiffusionVRPOTrainer, sampler: MaskSampler, path: Path
     for example in tqdm(trainer.train_dataset, desc="scoring pairs"):
         inputs = trainer._prepare_inputs(trainer.data_collator([example]))
         content = hash_rows(inputs["input_ids"] * 2 + inputs["completion_mask"], inputs["attention_mask"].bool())
-        key = str((content.tolist(), weights, sampler.key))
+        key = str((content.tolist(), weights, sampler.key, trainer._scoring_settings()))
         if key not in done:
             done[key] = {"key": key, **_measure(*_score_pair(trainer, sampler, inputs))}
             with open(path, "a") as file:

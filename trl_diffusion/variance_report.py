@@ -68,9 +68,14 @@ class VarianceReport:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The recommendation, as arguments of [`DiffusionVRPOConfig`]."""
+        """
+        The recommendation, as arguments of [`DiffusionVRPOConfig`].
+
+        Without a number of draws if the policy is its reference: how small the noise of the score is cannot be known
+        before there is a score.
+        """
         name, count = self.recommended
-        return {"num_mc_samples": count, **ESTIMATORS[name]}
+        return ({"num_mc_samples": count} if self.compares_with_reference else {}) | ESTIMATORS[name]
 
     def __str__(self) -> str:
         counts = sorted({count for _, count in self.variance})
@@ -78,29 +83,40 @@ class VarianceReport:
             f"{self.num_pairs} pairs, {self.num_draws} draws of each response, beta = {self.beta}.",
             f"Chosen and rejected have the same token at {self.overlap:.0%} of their places.",
             f"Score: {self.margin:+.3f} +- {self.margin_spread:.3f} (mean and spread over pairs).",
-            "Noise of a single draw: " + ", ".join(f"{part} {share:.0%}" for part, share in self.parts.items()) + ".",
+            f"Noise of a single draw: {self._parts()}.",
             "",
             "Variance of the score (standard error over pairs); forwards of the policy per response = K",
             "| estimator | " + " | ".join(f"K = {count}" for count in counts) + " |",
             "|---|" + "---|" * len(counts),
         ]
         if not self.compares_with_reference:
-            lines.insert(1, "The policy is its reference: log-probabilities stand in for log-ratios. Read ratios only.")
+            lines[2] = "The policy is its reference: log-probabilities stand in for log-ratios. Read ratios only."
         for name in ESTIMATORS:
             cells = [self._cell(name, count) for count in counts]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        name, count = self.recommended
-        variance = self.variance[name, count]
-        reached = variance**0.5 <= self.target_standard_error
-        verdict = "reaches" if reached else "does not reach"
         options = ", ".join(f"{option}={value!r}" for option, value in self.options.items())
-        lines += [
-            "",
-            f"Recommended: {options}.",
-            f"Its standard error {variance**0.5:.2f} {verdict} {self.target_standard_error}, at {count / 8:g} times "
-            "the forwards of the paper's K = 8.",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", f"Recommended: {options}.", self._verdict()])
+
+    def _parts(self) -> str:
+        """Each is a difference of two estimates, and may come out below zero."""
+        if min(self.parts.values()) < -0.05:
+            return "too few pairs or draws to tell where it comes from"
+        return ", ".join(f"{part} {max(share, 0):.0%}" for part, share in self.parts.items())
+
+    def _verdict(self) -> str:
+        name, count = self.recommended
+        if not self.compares_with_reference:
+            ratio = self.variance[name, count] / self.variance["VRPO paper", count]
+            return (
+                f"It has {ratio:.2f} of the variance of the paper's estimator at K = {count}. How many draws are "
+                "enough can be told when the policy has moved: train for some steps and diagnose the adapter."
+            )
+        error = self.variance[name, count] ** 0.5
+        verdict = "reaches" if error <= self.target_standard_error else "does not reach"
+        return (
+            f"Its standard error {error:.2f} {verdict} {self.target_standard_error}, at {count / 8:g} times the "
+            "forwards of the paper's K = 8."
+        )
 
     def _cell(self, name: str, count: int) -> str:
         if (name, count) not in self.variance:

@@ -33,7 +33,7 @@ _ONLY_IMPLEMENTED: dict[str, Any] = {
 @strict
 class LLaDAConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`LLaDAModelLM`]. The defaults are those of LLaDA-8B.
+    Configuration of a [`LLaDAModelLM`]. The defaults are those of LLaDA-8B, whose `mlp_hidden_size` is 12288, though.
 
     Args:
         d_model (`int`, *optional*, defaults to `4096`): Width of the residual stream.
