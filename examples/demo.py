@@ -1,5 +1,5 @@
 """
-The whole way on two CPU cores: make a small diffusion language model, align it with VRPO, and see what changed.
+The whole way on a CPU: make a small diffusion language model, align it with VRPO, and see what changed.
 
 1. pre-train a half-million-parameter LLaDA on the homework of a careless student (`word_problems.py`);
 2. let it answer problems several times, and pair a right answer of its own with a wrong one;

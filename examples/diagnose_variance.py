@@ -12,7 +12,8 @@ python examples/diagnose_variance.py \
 ```
 
 With `--adapter_name_or_path` the policy is the model with that adapter, and the reference the model without it. Without
-one the policy is its reference: log-probabilities then stand in for log-ratios, and proportions are what to read.
+one the policy is its reference: log-probabilities then stand in for log-ratios, estimators can be compared, and how
+many draws are enough cannot be told.
 Other options are those of `vrpo_lora.py`; those of the estimator are not used.
 """
 
@@ -59,8 +60,11 @@ def main(script_args, training_args, model_args, dataset_args, diagnosis):
     print(report)
 
 
-if __name__ == "__main__":
-    parser = TrlParser(
+def make_parser():
+    return TrlParser(
         (ScriptArguments, DiffusionVRPOConfig, DiffusionModelConfig, DatasetMixtureConfig, DiagnosisArguments)
     )
-    main(*parser.parse_args_and_config(sys.argv[1:], fail_with_unknown_args=True))
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config(sys.argv[1:], fail_with_unknown_args=True))

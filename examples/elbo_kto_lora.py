@@ -1,9 +1,3 @@
-# /// script
-# dependencies = [
-#     "trl_diffusion[quantization]",
-# ]
-# ///
-
 """
 Align a masked diffusion language model with ELBO-KTO (https://huggingface.co/papers/2510.23658), from completions that
 are marked as desirable or not, without pairs.
@@ -33,8 +27,8 @@ accelerate launch --config_file examples/accelerate_configs/single_gpu.yaml exam
     --output_dir LLaDA-8B-KTO
 ```
 
-Rows of a batch run one after another, so a batch of four needs no more memory than one. With a batch of one, set
-`--baseline ema`.
+Rows of a batch run one after another: a larger batch adds a gradient of the adapter for each row, and no activations.
+With a batch of one, set `--baseline ema`.
 
 # LoRA
 
@@ -58,6 +52,8 @@ accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml examples/
     --mask_scheme fixed_count \
     --stratify False \
     --control_variate none \
+    --append_eos False \
+    --precompute_ref_log_probs True \
     --output_dir LLaDA-8B-KTO
 ```
 

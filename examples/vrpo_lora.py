@@ -1,9 +1,3 @@
-# /// script
-# dependencies = [
-#     "trl_diffusion[quantization]",
-# ]
-# ///
-
 """
 Align a masked diffusion language model with VRPO (https://huggingface.co/papers/2505.19223).
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
+from datasets import DatasetDict, IterableDataset
 from oracles import MASK, TableDenoiser, exact_fixed_count_variances, subsets
 from peft import LoraConfig, get_peft_model
 
 from trl_diffusion import ControlVariate, DiffusionVRPOConfig, VarianceReport, diagnose_variance, draw_masks, elbo, head
+from trl_diffusion.diagnose import _variance
 from trl_diffusion.variance_analysis import Scored, fixed_count_repeats, fixed_count_samples, repeats, variance_parts
-from trl_diffusion.variance_report import ESTIMATORS
+from trl_diffusion.variance_report import ENOUGH_DRAWS, ESTIMATORS
 
 LENGTH = 8
 IDS = torch.randint(0, MASK, (LENGTH,), generator=torch.Generator().manual_seed(3))
@@ -40,6 +42,71 @@ def log_ratios():
 def scored(table, num_draws, seed):
     masked = draw_masks(torch.ones(1, LENGTH, dtype=torch.bool), num_draws, "mirror", True, seed=seed).masked[:, 0]
     return Scored(masked, table[(masked.long() << torch.arange(LENGTH)).sum(-1)])
+
+
+def test_variance_parts_of_as_many_draws_as_are_reported(log_ratios):
+    """To the tenth that is read off a report."""
+    table = log_ratios[-1]
+    found = torch.tensor([list(variance_parts(scored(table, ENOUGH_DRAWS, seed)).values()) for seed in range(200)])
+    many = torch.tensor([list(variance_parts(scored(table, 1024, seed)).values()) for seed in range(40)])
+    shares, exact = (mean / mean.sum() for mean in (found.mean(0), many.mean(0)))
+    assert (shares - exact).abs().max() < 0.1 + 4 * (found.std(0) / 200**0.5 / found.mean(0).sum()).max()
+
+
+def pair_with_tables():
+    """Two responses to one prompt, of eight and seven tokens, two of which differ; and all their log-probabilities."""
+    second = IDS[:7].clone()
+    second[[2, 5]] = (second[[2, 5]] + 1) % MASK
+    model, pair = TableDenoiser(LENGTH, seed=1), []
+    for ids in (IDS, second):
+        table = torch.zeros(2 ** len(ids), len(ids), dtype=torch.float64)
+        for m in subsets(len(ids)):
+            noised = ids.clone()
+            noised[list(m)] = MASK
+            log_probs = model(torch.nn.functional.pad(noised, (0, LENGTH - len(ids))).unsqueeze(0))[0].log_softmax(-1)
+            for i in m:
+                table[sum(1 << j for j in m), i] = log_probs[i, ids[i]]
+        pair.append((ids, table))
+    return pair
+
+
+def draw_pairs(pair, prompts, num_draws, scheme, stratify, seed, control_variate, couple_pairs):
+    """Draws of the pair behind each of `prompts`, and the log-probabilities they meet, of chosen and rejected."""
+    size = len(prompts)
+    rows = torch.zeros(2 * size, 1 + LENGTH, dtype=torch.long)
+    rows[:, 0] = prompts.repeat(2)
+    real = torch.ones_like(rows, dtype=torch.bool)
+    for i, (ids, _) in enumerate(pair):
+        rows[i * size : (i + 1) * size, 1 : 1 + len(ids)] = ids
+        real[i * size : (i + 1) * size, 1 + len(ids) :] = False
+    maskable = real.clone()
+    maskable[:, 0] = False
+    options = {"attention_mask": real, "control_variate": control_variate, "couple_pairs": couple_pairs}
+    draws = draw_masks(maskable, num_draws, scheme, stratify, seed, rows, **options)
+    for i, (ids, table) in enumerate(pair):
+        own = (slice(None), slice(i * size, (i + 1) * size), slice(1, 1 + len(ids)))
+        masked = draws.masked[own]
+        yield masked, table[(masked.long() << torch.arange(len(ids))).sum(-1)], draws.weight[own]
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_variance_of_a_pair_is_that_of_scores_made_one_by_one(name):
+    """Every estimator of the report at K = 4, of scores whose two responses are drawn as a trainer draws them."""
+    pair, size = pair_with_tables(), 4000
+    options = ESTIMATORS[name]
+    control = ControlVariate() if options["control_variate"] == "leave_one_out" else None
+    made = draw_pairs(
+        pair, 100 + torch.arange(size), 4, options["mask_scheme"], options["stratify"], 7, control,
+        options["couple_pairs"],
+    )  # fmt: skip
+    chosen, rejected = ((values * weight).sum((0, 2)) for _, values, weight in made)
+    squared = ((chosen - rejected) - (chosen - rejected).mean()).square()
+    drawn = list(draw_pairs(pair, 10**6 + torch.arange(200), 64, "mirror", True, 5, None, True))
+    found = torch.tensor(
+        [_variance(name, 4, *(Scored(masked[:, r], values[:, r]) for masked, values, _ in drawn)) for r in range(200)]
+    )
+    error = (squared.var() / size + found.var() / len(found)).sqrt()
+    assert abs(found.mean() - squared.mean()) < 4 * error + 0.03 * squared.mean()
 
 
 def test_variance_parts_against_enumeration(log_ratios):
@@ -110,7 +177,6 @@ def test_report_of_a_policy_and_a_reference(tmp_path):
     assert "| default |" in text and "Recommended: num_mc_samples=" in text
     DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **report.options)
 
-    # The VRPO paper's estimator at K = 8: eight independent draws of each response, from their definition
     rows = [json.loads(line) for line in (tmp_path / "variance.jsonl").read_text().splitlines()]
     mean = sum(row["variance"]["VRPO paper|8"] for row in rows) / 4
     assert report.variance["VRPO paper", 8] == pytest.approx(0.2**2 * mean)
@@ -129,8 +195,10 @@ def test_an_interrupted_diagnosis_goes_on_and_other_weights_start_anew(tmp_path,
     before = len(calls)
     assert diagnose(tmp_path, make_model(seed=3), make_model(seed=2)) != report
     assert len(calls) == before + whole
-    assert diagnose(tmp_path, make_model(seed=1, rms_norm_eps=0.1), make_model(seed=2, rms_norm_eps=0.1)) != report
+    assert diagnose(tmp_path, make_model(seed=1, rms_norm_eps=0.1), make_model(seed=2)) != report
     assert len(calls) == before + 2 * whole
+    assert diagnose(tmp_path, make_model(seed=1), make_model(seed=2, rms_norm_eps=0.1)) != report
+    assert len(calls) == before + 3 * whole
 
 
 def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
@@ -144,6 +212,18 @@ def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
     assert "num_mc_samples" not in report.options and "num_mc_samples" not in str(report)
     assert "Score: " not in str(report) and "train for some steps" in str(report)
     assert set(model.state_dict()) == names and all(v > 0 for v in report.variance.values())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    diagnose(tmp_path / "with adapter", model, peft_config=LoraConfig(r=2))
+    assert set(model.state_dict()) == names and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_stream_and_what_is_no_dataset(tmp_path):
+    rows = make_pairs()
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert diagnose(tmp_path / "a", dataset=stream).variance == diagnose(tmp_path / "b", dataset=rows).variance
+    for wrong in (DatasetDict(train=rows), rows.to_list()):
+        with pytest.raises(TypeError, match="The train dataset must be a `Dataset` or `IterableDataset`"):
+            diagnose(tmp_path, dataset=wrong)
 
 
 def test_an_adapter_is_compared_with_the_model_without_it(tmp_path):
@@ -189,8 +269,8 @@ def test_shares_that_were_not_measured_are_not_printed():
     """Each part is a difference of estimates; with few draws of few pairs one can come out far below zero."""
     assert "level 20%, tokens 50%, context 30%." in str(REPORT)
     assert "tokens 0%, context 99%" in str(replace(REPORT, parts={"level": 0.02, "tokens": -0.01, "context": 0.99}))
-    report = replace(REPORT, parts={"level": 0.08, "tokens": -2.78, "context": 3.7})
-    assert "Noise of a single draw: too few pairs or draws to tell where it comes from." in str(report)
+    for change in ({"parts": {"level": 0.08, "tokens": -2.78, "context": 3.7}}, {"num_draws": 32}):
+        assert "single draw: too few pairs or draws to tell where it comes from." in str(replace(REPORT, **change))
 
 
 @pytest.mark.parametrize(

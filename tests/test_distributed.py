@@ -231,6 +231,30 @@ def test_rows_that_do_not_fill_the_last_batch(on_one):
     assert json.loads((on_one / "met 2.json").read_text()) == [[*full, [12, 13, 14, 0]], full]
 
 
+def train_kto_on_nine_rows(folder):
+    rows = make_feedback(9).remove_columns("label").add_column("label", [bool(int(c)) for c in "000111110"])
+    options = {"train_sampling_strategy": "sequential", "num_train_epochs": 1, "num_mc_samples": 2}
+    trainer = test_kto.make_trainer(folder / "out", peft_config=lora(), dataset=rows, **options)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        (folder / "history.json").write_text(json.dumps(trainer.state.log_history))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_class_that_trl_does_not_see_in_the_last_batch(tmp_path):
+    """
+    TRL's counts of the classes are those of as many processes as there are rows left over: here of the first, which
+    has undesirable rows only. Rewards are of all rows.
+    """
+    assert run_forked(train_kto_on_nine_rows, tmp_path, processes=2, folder=tmp_path) == [0, 0], logs(tmp_path)
+    first, last = (e for e in json.loads((tmp_path / "history.json").read_text()) if "loss" in e)
+    for entry, desirable in ((first, 5), (last, 4)):
+        assert (entry["kto/num_desirable"], entry["kto/num_undesirable"]) == (desirable, 8 - desirable)
+        assert entry["rewards/margins"] == pytest.approx(entry["rewards/chosen"] - entry["rewards/rejected"])
+        assert entry["rewards/chosen"] != 0 or entry is first
+
+
 # Real launches
 
 SCRIPTS = {"vrpo_lora": (vrpo_lora, make_pairs), "elbo_kto_lora": (elbo_kto_lora, make_feedback)}

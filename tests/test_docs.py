@@ -20,7 +20,8 @@ def is_ours(thing):
 
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+DOCUMENTS = [*(ROOT / page for page in PAGES), *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = [config for name in trl_diffusion.__all__ if is_ours(config := getattr(trl_diffusion, name))]
 # What our configurations add to TRL's
 OPTIONS = [
@@ -165,17 +166,27 @@ def test_the_papers_configurations(tmp_path, config, expected):
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["README.md", "examples/vrpo_lora.py"])
-def test_commands_have_known_options_only(name, tmp_path):
-    from vrpo_lora import make_parser
-
-    blocks = re.findall(r"```bash\n(accelerate launch.*?)```", text_of(name), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        words = shlex.split(block.replace("\\\n", " "))
-        options = words[words.index("examples/vrpo_lora.py") + 1 :]
+@pytest.mark.parametrize(
+    "name, number",
+    [
+        ("README.md", 2),
+        ("examples/vrpo_lora.py", 3),
+        ("examples/elbo_kto_lora.py", 3),
+        ("examples/diagnose_variance.py", 1),
+    ],
+)
+def test_commands_have_known_options_only(name, number, tmp_path):
+    commands = re.findall(
+        r"```bash\n[^`]*?examples/((?:vrpo_lora|elbo_kto_lora|diagnose_variance))\.py(.*?)```", text_of(name), re.DOTALL
+    )
+    assert len(commands) == number
+    for script, options in commands:
+        options = shlex.split(options.replace("\\\n", " "))
         options += ["--output_dir", str(tmp_path), "--bf16", "False", "--use_cpu", "True"]
-        make_parser().parse_args_and_config(options, fail_with_unknown_args=True)
+        if script == "elbo_kto_lora":
+            options += ["--per_device_train_batch_size", "4"]  # one row on each of several processes
+        parser = importlib.import_module(script).make_parser()
+        parser.parse_args_and_config(options, fail_with_unknown_args=True)
 
 
 def test_no_file_knows_the_machine_it_was_written_on():

@@ -194,12 +194,29 @@ def test_coupled_responses_share_levels_and_the_fate_of_equal_tokens():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kappa": 2.5}, {"kappa": -0.1}, {"bandwidth": 0.0}, {"ridge": 0.0}, {"ridge": float("nan")}], ids=str
+    "settings",
+    [
+        {"kappa": 2.5},
+        {"kappa": -0.1},
+        {"bandwidth": 0.0},
+        {"ridge": 0.0},
+        {"ridge": float("nan")},
+        {"ridge": float("inf")},
+    ],
+    ids=str,
 )
 def test_control_variate_refuses(settings):
     (name, value), *_ = settings.items()
     with pytest.raises(ValueError, match=rf"`{name}` must be .*, got {value}"):
         ControlVariate(**settings)
+
+
+@pytest.mark.parametrize("bandwidth", [0.1, 0.02, 0.01, 0.005])
+def test_witnesses_that_are_too_far_away_are_none(bandwidth):
+    """Their weight underflows, and one over it is infinite."""
+    settings = ControlVariate(bandwidth=bandwidth)
+    draws = draw_masks(torch.ones(4000, 200, dtype=torch.bool), 2, control_variate=settings)
+    assert torch.isfinite(draws.weight).all()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -17,11 +17,13 @@ that do not depend on the present masks. c is linear in f: all of it is a change
 The idea is the difference estimator of survey sampling; tests/test_draws.py holds its weights to the law.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 LARGEST_KAPPA = 2
+_NOTHING = 1e-200  # witnesses whose inverse would leave the range of float64
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,9 @@ class ControlVariate:
     def __post_init__(self) -> None:
         if not 0 <= self.kappa <= LARGEST_KAPPA:
             raise ValueError(f"`kappa` must be between 0 and {LARGEST_KAPPA}, got {self.kappa}.")
-        if not self.bandwidth > 0:
-            raise ValueError(f"`bandwidth` must be positive, got {self.bandwidth}.")
-        if not self.ridge > 0:
-            raise ValueError(f"`ridge` must be positive, got {self.ridge}.")
+        for name in ("bandwidth", "ridge"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ class Control:
         return torch.einsum("jkb,kbl->jbl", near, self.masked.double())
 
     def _per_witness(self, near: torch.Tensor) -> torch.Tensor:
-        """`(K, B)`: one over how many tokens other units saw; zero where they saw none, and there is no mean."""
+        """`(K, B)`: one over how many tokens other units saw; zero where they saw as good as none."""
         seen = torch.einsum("jkb,kb->jb", near, self.masked.sum(-1).double())
-        return torch.where(seen > 0, 1 / seen, 0.0)
+        return torch.where(seen > _NOTHING, 1 / seen, 0.0)
 
     def _surprise(self) -> torch.Tensor:
         """`(K, B, L)`: 1{i in m_k} - pi_k."""

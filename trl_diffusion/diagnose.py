@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tqdm.auto import tqdm
 
@@ -78,11 +79,12 @@ def diagnose_variance(
     args.control_variate, args.share_draws, args.precompute_ref_log_probs = "none", True, False
     has_adapter = not isinstance(model, str) and is_peft_model(model)
     fresh = ref_model is None and peft_config is None and not has_adapter
+    trained = [] if isinstance(model, str) else [p for p in model.parameters() if p.requires_grad]
     trainer = DiffusionVRPOTrainer(
         model,
         ref_model,
         args,
-        train_dataset=dataset.select(range(min(num_pairs, len(dataset)))),
+        train_dataset=_first_rows(dataset, num_pairs),
         processing_class=processing_class,
         peft_config=LoraConfig(r=1) if fresh else peft_config,  # an adapter that is zero, so that nothing is copied
         quantization_config=quantization_config,
@@ -90,9 +92,18 @@ def diagnose_variance(
     if has_adapter and "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, from which training would start
     rows = _score_pairs(trainer, sampler, Path(args.output_dir) / "variance.jsonl")
-    if fresh and not isinstance(model, str):
-        trainer.model.unload()
+    if not isinstance(model, str) and not has_adapter and is_peft_model(trainer.model):
+        trainer.model.unload()  # the adapter that was made here; PEFT has frozen everything else
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return _report(rows, num_draws, args.beta, target_standard_error)
+
+
+def _first_rows(dataset: Any, number: int) -> Any:
+    """As a dataset; what is not one is refused by the trainer."""
+    if isinstance(dataset, IterableDataset):
+        return Dataset.from_list(list(dataset.take(number)))
+    return dataset.select(range(min(number, len(dataset)))) if isinstance(dataset, Dataset) else dataset
 
 
 def _score_pairs(trainer: DiffusionVRPOTrainer, sampler: MaskSampler, path: Path) -> list[dict[str, Any]]:
@@ -101,13 +112,14 @@ def _score_pairs(trainer: DiffusionVRPOTrainer, sampler: MaskSampler, path: Path
     lines = path.read_text().splitlines() if path.exists() else []
     done = {row["key"]: row for row in map(_parse, lines) if row}
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    weights = hash_module(unwrapped) + (hash_module(trainer.ref_model) if trainer.ref_model is not None else "")
+    models = [unwrapped] if trainer.ref_model is None else [unwrapped, trainer.ref_model]
+    scorers = [(hash_module(model), trainer._scoring_settings(model)) for model in models]
     rows = []
     trainer.model.eval()
     for example in tqdm(trainer.train_dataset, desc="scoring pairs"):
         inputs = trainer._prepare_inputs(trainer.data_collator([example]))
         content = hash_rows(inputs["input_ids"] * 2 + inputs["completion_mask"], inputs["attention_mask"].bool())
-        key = str((content.tolist(), weights, sampler.key, trainer._scoring_settings()))
+        key = str((content.tolist(), scorers, sampler.key))
         if key not in done:
             done[key] = {"key": key, **_measure(*_score_pair(trainer, sampler, inputs))}
             with open(path, "a") as file:

@@ -113,7 +113,15 @@ class ReferenceMixin(_TRLTrainer):
         """Reference values of all rows on one set of draws, by column, in parts that TRL stores."""
         # TRL keys what it stores by the rows and the model's weights
         trl_hash = self._precompute_model_hash
-        key = Hasher.hash((trl_hash, self._sampler.key, self.args.max_length, draw_set, self._scoring_settings()))
+        key = Hasher.hash(
+            (
+                trl_hash,
+                self._sampler.key,
+                self.args.max_length,
+                draw_set,
+                self._scoring_settings(self.ref_model or self.model),
+            )
+        )
         self._precompute_model_hash, self._draw_set = key, draw_set
         parts = []
         try:
@@ -129,9 +137,9 @@ class ReferenceMixin(_TRLTrainer):
             self._precompute_model_hash, self._draw_set = trl_hash, None
         return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
 
-    def _scoring_settings(self) -> str:
-        """What scores depend on besides rows, weights and draws."""
-        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+    def _scoring_settings(self, model: Any) -> str:
+        """What the scores of a model depend on besides its weights, rows and draws."""
+        model = self.accelerator.unwrap_model(model)
         settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_FUNCTION}
         mask = resolve_mask_token_id(self._model_config, self._tokenizer)
         parts = (settings, adapter_scaling(model), mask, self.accelerator.mixed_precision)

@@ -23,6 +23,7 @@ from .running_means import RunningMeansCallback
 logger = get_logger(__name__)
 
 # TRL's statistics of full logits and of next-token predictions, neither of which exists here
+_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 _MEANINGLESS_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 
@@ -203,7 +204,8 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
                 log_ratios = scored.log_probs.detach().sum(1) - inputs["ref_logps"]
                 baseline, totals = self._baseline(log_ratios, inputs["label"].bool())
                 inputs = {**inputs, "ref_logps": inputs["ref_logps"] + baseline}
-                result = super()._compute_loss(_AlreadyScored(scored, policy), inputs, return_outputs)
+                with self._without_metrics(mode, _REWARDS):
+                    result = super()._compute_loss(_AlreadyScored(scored, policy), inputs, return_outputs)
                 self._log_baseline(mode, log_ratios, baseline, inputs["label"].bool(), totals)
                 if mode == "train":
                     self._update_running_means(totals)
@@ -212,6 +214,16 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         self._learn_kappa(self._of_matched_pairs(outputs), pairs=False)
         self._log_metrics(mode, self._diagnostics.of_rows(self._of_matched_pairs(outputs)))
         return result
+
+    @contextmanager
+    def _without_metrics(self, mode: str, names: tuple[str, ...]) -> Iterator[None]:
+        """Drop what is logged under these names inside the block."""
+        metrics = self._metrics[mode]
+        before = {name: list(metrics[name]) for name in names if name in metrics}
+        yield
+        for name in names:
+            metrics.pop(name, None)
+        metrics.update(before)
 
     def _of_matched_pairs(self, outputs: list[Any]) -> list[Any]:
         """Without the scores of mismatched pairs: TRL asks for the reference, the two mismatched, and the policy."""
@@ -258,7 +270,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
             self._running_means.means.update(totals)
 
     def _log_baseline(self, mode, log_ratios, baseline, desirable, totals):
-        """TRL's rewards of r instead of r - z, and the `kto/...` metrics."""
+        """The rewards, of r and not of TRL's r - z, and the `kto/...` metrics."""
         metrics, beta = self._metrics[mode], self.beta
         score = beta * (log_ratios - baseline)
         sums = torch.stack([score[desirable].double().sum(), -score[~desirable].double().sum()])
@@ -267,10 +279,10 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         for (trl_name, name), total, count, margin in zip(names, totals.total, totals.count, margins, strict=True):
             metrics[f"kto/num_{name}"].append(count.item())
             if count:
-                metrics[f"rewards/{trl_name}"][-1] = beta * (total / count).item()
+                metrics[f"rewards/{trl_name}"].append(beta * (total / count).item())
                 metrics[f"kto/margins_{name}"].append(margin.item())
         if bool(totals.count.all()):
-            metrics["rewards/margins"][-1] = metrics["rewards/chosen"][-1] - metrics["rewards/rejected"][-1]
+            metrics["rewards/margins"].append(metrics["rewards/chosen"][-1] - metrics["rewards/rejected"][-1])
         self._log_metrics(mode, {"kto/baseline": baseline, "kto/saturation": saturation(score)})
 
 

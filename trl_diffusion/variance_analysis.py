@@ -15,7 +15,7 @@ import torch
 
 from .control_variate import Control, ControlVariate
 
-_LEVEL_BINS = 8
+_LEVEL_BINS, _DRAWS_PER_BIN = 8, 8  # fewer draws at a level hardly ever hide the same token twice
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def variance_parts(scored: Scored) -> dict[str, float]:
     """
     length, samples = scored.masked.shape[1], fixed_count_samples(scored)
     order = scored.masked.sum(1).argsort(stable=True)
-    bins = [chunk for chunk in order.tensor_split(min(_LEVEL_BINS, len(order) // 2)) if len(chunk) > 1]
+    bins = order.tensor_split(max(1, min(_LEVEL_BINS, len(order) // _DRAWS_PER_BIN)))
     within = torch.stack([samples[chunk].var() for chunk in bins])
     means = torch.stack([samples[chunk].mean() for chunk in bins])
     sizes = torch.tensor([len(chunk) for chunk in bins])

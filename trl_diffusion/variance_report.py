@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DRAW_COUNTS = (2, 4, 8, 16)
+ENOUGH_DRAWS = 64  # to tell the parts of the noise: with fewer, two draws of a level seldom hide the same token
 # Estimators that are compared: options of the configuration
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "VRPO paper": {"mask_scheme": "fixed_count", "stratify": False, "control_variate": "none", "couple_pairs": False},
@@ -99,7 +100,7 @@ class VarianceReport:
 
     def _parts(self) -> str:
         """Each is a difference of two estimates, and may come out below zero."""
-        if min(self.parts.values()) < -0.05:
+        if self.num_draws < ENOUGH_DRAWS or min(self.parts.values()) < -0.05:
             return "too few pairs or draws to tell where it comes from"
         return ", ".join(f"{part} {max(share, 0):.0%}" for part, share in self.parts.items())
 
