@@ -32,15 +32,15 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
             a uniformly drawn probability (eq. 12). All are unbiased, in the order of their variance.
         stratify (`bool`, *optional*, defaults to `True`):
             Whether the mask levels of a response's draws are spread evenly over their range instead of drawn
-            independently. Unbiased, less variance, no cost.
+            independently. Unbiased, as a rule with less variance, no cost.
         control_variate (`str`, *optional*, defaults to `"leave_one_out"`):
             What is done about the noise from which tokens happen to be masked. `"leave_one_out"`: what the other draws
-            say of the masked tokens is taken off, and its mean put back; unbiased, no cost. `"adaptive"`: the same,
-            and how much is taken off is learnt from past steps. `"none"`: nothing.
+            predict of the masked tokens is subtracted, and the mean of that prediction added back; unbiased, no cost.
+            `"adaptive"`: the same, and how much is subtracted is learnt from past steps. `"none"`: nothing.
         couple_pairs (`bool`, *optional*, defaults to `True`):
-            Whether responses to one prompt share their mask levels, and equal tokens at equal places their fate: the
-            noise that the two share leaves their difference. Unbiased, no cost. Turn it off where a batch holds many
-            pairs of one prompt, whose noise would then add up.
+            Whether responses to one prompt have the same mask levels, and the same tokens masked where they have the
+            same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Turn it off
+            where a batch holds many pairs of one prompt, whose noise would then add up.
         share_draws (`bool`, *optional*, defaults to `True`):
             Whether the policy and the reference are scored on the same masks (the "antithetic sampling" of VRPO).
             Turning it off is for ablations.
@@ -91,9 +91,9 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
     couple_pairs: bool = field(
         default=True,
         metadata={
-            "help": "Whether responses to one prompt share their mask levels, and equal tokens at equal places their "
-            "fate: the noise that the two share leaves their difference. Unbiased, no cost. Turn it off where a batch "
-            "holds many pairs of one prompt, whose noise would then add up."
+            "help": "Whether responses to one prompt have the same mask levels, and the same tokens masked where they "
+            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Turn "
+            "it off where a batch holds many pairs of one prompt, whose noise would then add up."
         },
     )
 
@@ -160,15 +160,15 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
             uniformly drawn probability. All are unbiased, in the order of their variance.
         stratify (`bool`, *optional*, defaults to `True`):
             Whether the mask levels of a response's draws are spread evenly over their range instead of drawn
-            independently. Unbiased, less variance, no cost.
+            independently. Unbiased, as a rule with less variance, no cost.
         control_variate (`str`, *optional*, defaults to `"leave_one_out"`):
             What is done about the noise from which tokens happen to be masked. `"leave_one_out"`: what the other draws
-            say of the masked tokens is taken off, and its mean put back; unbiased, no cost. `"adaptive"`: the same,
-            and how much is taken off is learnt from past steps. `"none"`: nothing.
+            predict of the masked tokens is subtracted, and the mean of that prediction added back; unbiased, no cost.
+            `"adaptive"`: the same, and how much is subtracted is learnt from past steps. `"none"`: nothing.
         couple_pairs (`bool`, *optional*, defaults to `False`):
-            Whether responses to one prompt share their mask levels, and equal tokens at equal places their fate: the
-            noise that the two share leaves their difference. Unbiased, no cost. Only of use where a batch holds both
-            responses of a pair.
+            Whether responses to one prompt have the same mask levels, and the same tokens masked where they have the
+            same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Only of use
+            where a batch holds both responses of a pair.
         share_draws (`bool`, *optional*, defaults to `True`):
             Whether the policy and the reference are scored on the same masks. Turning it off is for ablations.
         draw_seed (`int`, *optional*):

@@ -36,24 +36,25 @@ class ELBOArguments:
         default=True,
         metadata={
             "help": "Whether the mask levels of a response's draws are spread evenly over their range instead of drawn "
-            "independently. Unbiased, less variance, no cost."
+            "independently. Unbiased, as a rule with less variance, no cost."
         },
     )
     control_variate: str = field(
         default="leave_one_out",
         metadata={
             "help": "What is done about the noise from which tokens happen to be masked. `'leave_one_out'`: what the "
-            "other draws say of the masked tokens is taken off, and its mean put back; unbiased, no cost. "
-            "`'adaptive'`: the same, and how much is taken off is learnt from past steps. `'none'`: nothing.",
+            "other draws predict of the masked tokens is subtracted, and the mean of that prediction added back; "
+            "unbiased, no cost. `'adaptive'`: the same, and how much is subtracted is learnt from past steps. "
+            "`'none'`: nothing.",
             "choices": list(CONTROL_VARIATES),
         },
     )
     couple_pairs: bool = field(
         default=False,
         metadata={
-            "help": "Whether responses to one prompt share their mask levels, and equal tokens at equal places their "
-            "fate: the noise that the two share leaves their difference. Unbiased, no cost. Only of use where a batch "
-            "holds both responses of a pair."
+            "help": "Whether responses to one prompt have the same mask levels, and the same tokens masked where they "
+            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Only "
+            "of use where a batch holds both responses of a pair."
         },
     )
     share_draws: bool = field(

@@ -62,7 +62,11 @@ class ELBO:
 
     @property
     def standard_error(self) -> torch.Tensor:
-        """`(B,)` nats, of `value` over units of draws. Too large when levels are stratified; NaN for a single unit."""
+        """
+        `(B,)` nats, of `value` over units of draws; NaN for a single unit.
+
+        As a rule too large when levels are stratified; with mirror pairs and an odd K a few percent too small.
+        """
         return variance_of_mean(self.samples, self.draws_per_unit).sqrt()
 
 
