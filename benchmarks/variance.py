@@ -1,7 +1,7 @@
 """
 How noisy the preference score, its loss and the gradient are under each estimator, at equal forwards.
 
-    python benchmarks/variance.py            # about twenty minutes on one core, once the regimes are made
+    python benchmarks/variance.py            # about 45 minutes on one core, once the regimes are made
     python benchmarks/variance.py --quick    # about three minutes; wide intervals
     python benchmarks/variance.py --report   # only print and draw what is finished
 
@@ -54,7 +54,7 @@ RESAMPLES = 2000
 # Pairs and repeats of each regime
 FULL = {
     "A9 near": (12, 200), "A9 far": (12, 200), "A15 far": (10, 24), "B32 near": (12, 20), "B32 far": (10, 16),
-    "B64 far": (8, 20), "B128 near": (8, 160), "B256 far": (6, 32),
+    "B64 far": (8, 20), "B128 near": (8, 160), "B256 far": (6, 8),
 }  # fmt: skip
 QUICK = {
     "A9 near": (3, 100), "A9 far": (3, 100), "A15 far": (4, 12), "B32 near": (2, 8), "B32 far": (2, 8),

@@ -174,11 +174,13 @@ def _fingerprint_of_reference(trainer: Any) -> str | None:
     It is a model of its own; or with an adapter what is frozen; or, scored in advance, the model as it is before
     training.
     """
+    if trainer.is_fsdp_enabled:  # a process may have a shard, or nothing
+        return None
     parameters = list((trainer.ref_model or trainer.model).named_parameters())
     frozen = [] if trainer.ref_model else [(name, p) for name, p in parameters if not p.requires_grad]
     digest = blake2b(digest_size=16)
     for name, parameter in frozen or parameters:
-        if parameter.is_meta or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+        if parameter.is_meta or hasattr(parameter, "ds_id"):
             return None
         sample = parameter.data.flatten()[:: max(1, parameter.numel() // _SAMPLED)].contiguous()
         digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample.view(torch.uint8).cpu().numpy().tobytes())
