@@ -20,14 +20,25 @@ import torch
 # The demo's own budget: policy forwards in training, per pair of a batch and response
 FORWARDS = alignment.demo.ALIGNMENT["max_steps"] * alignment.demo.ALIGNMENT["num_mc_samples"]
 PAPER = {"mask_scheme": "fixed_count", "stratify": False, "control_variate": "none", "couple_pairs": False}
+VRPO = "K=8, shared (VRPO)"
 ARMS = {
     "K=1, not shared": PAPER | {"num_mc_samples": 1, "share_draws": False},
     "K=1, shared": PAPER | {"num_mc_samples": 1},
     "K=8, not shared": PAPER | {"num_mc_samples": 8, "share_draws": False},
-    "K=8, shared (VRPO)": PAPER | {"num_mc_samples": 8},
+    VRPO: PAPER | {"num_mc_samples": 8},
     "default, K=4": {"num_mc_samples": 4},
     "default, K=8": {"num_mc_samples": 8},
 }
+
+
+def report_differences(done: dict) -> None:
+    """Seed by seed, which takes out what the seeds' base models and pairs are worth."""
+    print(f"\npoints above {VRPO!r} of the same seed, with 95% t-intervals")
+    for arm in ARMS:
+        seeds = [seed for name, seed in done if name == arm and (VRPO, seed) in done]
+        if arm != VRPO and seeds:
+            points = [done[arm, seed]["right"] - done[VRPO, seed]["right"] for seed in seeds]
+            print(f"{arm:<20}{alignment.mean_and_half_width(points):>15}  ({len(seeds)} seeds)")
 
 
 def main() -> None:
@@ -46,7 +57,9 @@ def main() -> None:
             done = alignment.read(root)  # another process may be at work on it too
             if (arm, seed) not in done:
                 print(json.dumps(alignment.run_cell(root, arm, arms[arm], seed, done)), flush=True)
-    alignment.report(alignment.read(root), arms)
+    done = alignment.read(root)
+    alignment.report(done, arms)
+    report_differences(done)
 
 
 if __name__ == "__main__":
