@@ -217,6 +217,12 @@ def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
     assert set(model.state_dict()) == names and all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_an_adapter_that_has_changed_its_base_model(tmp_path):
+    config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="`init_lora_weights='pissa'` changes .* Pass that one as `ref_model`"):
+        diagnose(tmp_path, get_peft_model(make_model(), config))
+
+
 def test_a_stream_and_what_is_no_dataset(tmp_path):
     rows = make_pairs()
     stream = IterableDataset.from_generator(lambda: iter(rows))

@@ -43,15 +43,23 @@ def check_reference_of_adapters(model: Any, ref_model: Any, peft_config: Any) ->
                 f"`bias={config.bias!r}` of {name!r} trains biases of the base model, which the reference has too: it "
                 "would move. Set `bias='none'`, or pass a `ref_model`."
             )
+    refuse_changed_base(
+        peft_config,
+        "Make the adapter with `peft.get_peft_model` and pass that as `model`, whose adapter is then copied, or pass "
+        "a `ref_model`.",
+    )
+    if isinstance(model, PeftModel):
+        _check_adapters(model)
+
+
+def refuse_changed_base(peft_config: Any, cure: str) -> None:
+    """Refuse an adapter without which its base model is not what it was."""
     init = getattr(peft_config, "init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_CHANGING_THE_BASE):
         raise ValueError(
-            f"`init_lora_weights={init!r}` changes the weights of the base model, so that without its adapter it would "
-            "be another model than the one training starts from. Make the adapter with `peft.get_peft_model` and pass "
-            "that as `model`, whose adapter is then copied, or pass a `ref_model`."
+            f"`init_lora_weights={init!r}` changes the weights of the base model, so that without its adapter it is "
+            f"another model than the one training starts from. {cure}"
         )
-    if isinstance(model, PeftModel):
-        _check_adapters(model)
 
 
 def _check_adapters(model: PeftModel) -> None:

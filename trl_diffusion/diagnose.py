@@ -19,6 +19,7 @@ from peft import LoraConfig
 from tqdm.auto import tqdm
 
 from ._trl import hash_module
+from .adapters import refuse_changed_base
 from .configs import DiffusionVRPOConfig
 from .control_variate import ControlVariate
 from .draws import MaskSampler
@@ -73,11 +74,11 @@ def diagnose_variance(
         raise ValueError(f"`num_draws` must be a multiple of 32, got {num_draws}. The default is 64.")
     if dataset is None:
         raise ValueError("`dataset` is missing: give a preference dataset, of which a few pairs are scored.")
-    args = copy.copy(args or DiffusionVRPOConfig("variance"))
-    sampler = MaskSampler(num_draws, "mirror", stratify=True, seed=args.mask_sampler().seed, couple_pairs=True)
-    args.num_mc_samples, args.mask_scheme, args.stratify, args.couple_pairs = num_draws, "mirror", True, True
-    args.control_variate, args.share_draws, args.precompute_ref_log_probs = "none", True, False
+    args = _with_many_draws(args or DiffusionVRPOConfig("variance"), num_draws)
     has_adapter = not isinstance(model, str) and is_peft_model(model)
+    if has_adapter and ref_model is None:
+        for config in model.peft_config.values():
+            refuse_changed_base(config, "Pass that one as `ref_model`.")
     fresh = ref_model is None and peft_config is None and not has_adapter
     trained = [] if isinstance(model, str) else [p for p in model.parameters() if p.requires_grad]
     trainer = DiffusionVRPOTrainer(
@@ -91,12 +92,20 @@ def diagnose_variance(
     )
     if has_adapter and "ref" in trainer.model.peft_config:
         trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, from which training would start
-    rows = _score_pairs(trainer, sampler, Path(args.output_dir) / "variance.jsonl")
+    rows = _score_pairs(trainer, args.mask_sampler(), Path(args.output_dir) / "variance.jsonl")
     if not isinstance(model, str) and not has_adapter and is_peft_model(trainer.model):
         trainer.model.unload()  # the adapter that was made here; PEFT has frozen everything else
         for parameter in trained:
             parameter.requires_grad_(True)
     return _report(rows, num_draws, args.beta, target_standard_error)
+
+
+def _with_many_draws(args: DiffusionVRPOConfig, num_draws: int) -> DiffusionVRPOConfig:
+    """The draws of all estimators can be picked from stratified mirror pairs that chosen and rejected share."""
+    args = copy.copy(args)
+    args.num_mc_samples, args.mask_scheme, args.stratify, args.couple_pairs = num_draws, "mirror", True, True
+    args.control_variate, args.share_draws, args.precompute_ref_log_probs = "none", True, False
+    return args
 
 
 def _first_rows(dataset: Any, number: int) -> Any:

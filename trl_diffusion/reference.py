@@ -33,7 +33,10 @@ logger = get_logger(__name__)
 # Added to the step for the policy's own draws when draws are not shared with the reference
 _UNSHARED = 1 << 40
 # Parts of a model's configuration that change nothing of what it computes
-_NOT_OF_THE_FUNCTION = ("_name_or_path", "transformers_version", "use_cache", "architectures")
+_NOT_OF_THE_FUNCTION = (
+    *("_name_or_path", "transformers_version", "use_cache", "architectures"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 # Rows whose values are stored together: what an interruption can cost
 _ROWS_PER_PART = 256
 
@@ -113,15 +116,8 @@ class ReferenceMixin(_TRLTrainer):
         """Reference values of all rows on one set of draws, by column, in parts that TRL stores."""
         # TRL keys what it stores by the rows and the model's weights
         trl_hash = self._precompute_model_hash
-        key = Hasher.hash(
-            (
-                trl_hash,
-                self._sampler.key,
-                self.args.max_length,
-                draw_set,
-                self._scoring_settings(self.ref_model or self.model),
-            )
-        )
+        settings = self._scoring_settings(self.ref_model or self.model)
+        key = Hasher.hash((trl_hash, settings, self._sampler.key, self.args.max_length, draw_set))
         self._precompute_model_hash, self._draw_set = key, draw_set
         parts = []
         try:
@@ -143,7 +139,7 @@ class ReferenceMixin(_TRLTrainer):
         settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_FUNCTION}
         mask = resolve_mask_token_id(self._model_config, self._tokenizer)
         parts = (settings, adapter_scaling(model), mask, self.accelerator.mixed_precision)
-        return json.dumps(parts, sort_keys=True, default=str)
+        return json.dumps(parts, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]; on the set that is being stored."""

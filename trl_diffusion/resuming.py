@@ -36,7 +36,7 @@ class ResumingMixin(_Trainer):
         if checkpoint and getattr(self.args, "sync_ref_model", False):
             raise ValueError(
                 f"`sync_ref_model=True` moves the reference along, and {checkpoint} does not hold it: the run would go "
-                "on against the first one. Start anew without `resume_from_checkpoint`, or set `sync_ref_model=False`."
+                "on against the first one. Start anew, without `resume_from_checkpoint`."
             )
         if checkpoint:
             compare_with(checkpoint, self._run_record)

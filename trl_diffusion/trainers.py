@@ -23,8 +23,8 @@ from .running_means import RunningMeansCallback
 logger = get_logger(__name__)
 
 # TRL's statistics of full logits and of next-token predictions, neither of which exists here
-_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 _MEANINGLESS_METRICS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
