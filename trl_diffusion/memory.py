@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .adapters import with_fitting_targets
 from .gradients import GRADIENT_MODES, choose_gradient_mode
-from .head import largest_chunk
+from .head import draws_per_chunk, largest_chunk
 from .memory_parts import Block, Weights, head_bytes
 
 # What a device holds besides: the driver's context, cuBLAS workspaces, gaps between blocks
@@ -121,6 +121,7 @@ def estimate_memory(
     block = Block.of(model, weights, bf16, device)
     mode, _ = choose_gradient_mode(elbo_gradient, model)
     tokens = largest_chunk(max_length, num_mc_samples, draws_per_forward)
+    begun = num_mc_samples > draws_per_chunk(max_length, draws_per_forward)  # a sum is there when the last chunk runs
     in_graphs = num_responses * num_mc_samples * max_length if mode == "graph" else tokens
     hidden = min(tokens, -(-tokens // max_length) * (response_length or max_length))
     kept, attention, backward = _per_token(block, weights, max_length, gradient_checkpointing)
@@ -132,7 +133,7 @@ def estimate_memory(
         adapters=weights.adapters,
         gradients=weights.trained,
         optimizer=weights.num_trained * optimizer_bytes,
-        buffers=_waiting_gradients(mode, weights, num_responses, gradient_accumulation_steps),
+        buffers=_waiting_gradients(mode, weights, num_responses - 1 + begun, gradient_accumulation_steps),
         activations=in_graphs * kept,
         attention=in_graphs * attention,
         casts=block.casts(weights, 1 if gradient_checkpointing else block.number),
@@ -166,9 +167,9 @@ def _per_token(block: Block, weights: Weights, length: int, gradient_checkpointi
     return block.number * kept + around, block.number * attention, block.in_backward
 
 
-def _waiting_gradients(mode: str, weights: Weights, num_responses: int, gradient_accumulation_steps: int) -> int:
+def _waiting_gradients(mode: str, weights: Weights, num_sums: int, gradient_accumulation_steps: int) -> int:
     if mode == "immediate":
-        return num_responses * weights.num_trained * 4  # added up in float32
+        return num_sums * weights.num_trained * 4  # in float32, one for each response
     return weights.trained if gradient_accumulation_steps > 1 else 0
 
 
