@@ -7,6 +7,12 @@ from torch.nn.functional import logsigmoid
 
 # TRL's option values used with each loss; `exo_pair` and `robust` need a label smoothing
 OPTIONS = {"beta": 0.3, "label_smoothing": 0.1, "discopop_tau": 0.05}
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+
+def options_of(loss_types):
+    """`label_smoothing` is refused where no loss reads it."""
+    return {name: v for name, v in OPTIONS.items() if name != "label_smoothing" or SMOOTHED & set(loss_types)}
 
 
 def losses(w, l, ref_w, ref_l, len_w, len_l, beta=0.3, label_smoothing=0.1, discopop_tau=0.05):

@@ -127,8 +127,8 @@ OPTIONS = [
     ({"elbo_gradient": "exact"}, "`elbo_gradient` must be one of .*got 'exact'"),
     # That do not go together
     ({"label_smoothing": 0.1}, r"`label_smoothing=0.1` is read by .*'robust'.*`loss_type=\['sigmoid'\]`.*leave"),
-    ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is for cross entropies and would be ignored"),
-    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` adds noise to the embeddings that the policy and its"),
+    ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0, as it is for cross entropies.*got 0.1"),
+    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` must be None, as the policy and its reference.*got 5.0"),
     ({"fp16": True, "elbo_gradient": "immediate"}, "`elbo_gradient='immediate'` cannot be used with `fp16=True`"),
     ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy='group_by_length'` saves padding"),
     ({"torch_compile": True}, "`torch_compile=True`.*is not supported: every response runs at its own length"),

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import make_model, make_pairs
 from counters import LiveBytes, matmul_flops
+from dpo_reference import options_of
 from peft import LoraConfig, get_peft_model
 from test_head import HidesEverything, cost_model, make_batch, peak_of_training, scored
 from test_kto import make_trainer as make_kto_trainer
-from test_trainers import LOSS_TYPES, OPTIONS, assert_same_gradients, make_trainer
+from test_trainers import LOSS_TYPES, assert_same_gradients, make_trainer
 from transformers import TrainerCallback
 
 from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo, head
@@ -59,7 +60,9 @@ VRPO_LOSSES = [*(([name], None) for name in LOSS_TYPES.split()), (["sigmoid", "s
 @pytest.mark.parametrize("loss_type, loss_weights", VRPO_LOSSES, ids=lambda v: "+".join(map(str, v)) if v else "")
 @pytest.mark.parametrize("layers", [False, True])
 def test_modes_agree_for_vrpo(tmp_path, loss_type, loss_weights, layers):
-    found = by_mode(make_trainer, tmp_path, layers, loss_type=loss_type, loss_weights=loss_weights, **OPTIONS)
+    found = by_mode(
+        make_trainer, tmp_path, layers, loss_type=loss_type, loss_weights=loss_weights, **options_of(loss_type)
+    )
     for mode in ("immediate", "checkpoint"):
         assert_same_gradients(found[mode], found["graph"], rtol=1e-5)
 

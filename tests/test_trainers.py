@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import load_from_disk
-from dpo_reference import OPTIONS, losses
+from dpo_reference import OPTIONS, losses, options_of
 from peft import LoraConfig, get_peft_model
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, elbo
@@ -95,7 +95,7 @@ def assert_same_gradients(ours, theirs, rtol=1e-4):
 def test_loss_and_gradient_equal_the_hand_written_ones(tmp_path, loss_type, loss_weights):
     policy, reference = make_model(seed=1), make_model(seed=2)
     trainer = make_trainer(
-        tmp_path, policy, ref_model=reference, loss_type=loss_type, loss_weights=loss_weights, **OPTIONS
+        tmp_path, policy, ref_model=reference, loss_type=loss_type, loss_weights=loss_weights, **options_of(loss_type)
     )
     inputs = batch_of(trainer)
     trainer.model.train()

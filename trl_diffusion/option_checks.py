@@ -38,6 +38,14 @@ _RULES = {
     "label_smoothing": (lambda v: _finite(v) and 0 <= v < 0.5, "in [0, 0.5), above which it turns preferences round"),
     "desirable_weight": (lambda v: _finite(v) and v >= 0, "a finite number of at least 0"),
     "undesirable_weight": (lambda v: _finite(v) and v >= 0, "a finite number of at least 0"),
+    "label_smoothing_factor": (
+        lambda v: v == 0,
+        "0, as it is for cross entropies and would be ignored (`label_smoothing` is for wrong preferences)",
+    ),
+    "neftune_noise_alpha": (
+        lambda v: v is None,
+        "None, as the policy and its reference share the embeddings and would each get noise of its own",
+    ),
     "f_divergence_type": (lambda v: getattr(v, "value", v) in _DIVERGENCES, f"one of {list(_DIVERGENCES)}"),
     "seed": (lambda v: _integer(v, 0, 2**32), "an integer in [0, 2**32), as numpy's generator has it"),
     "draw_seed": (lambda v: v is None or _integer(v, -(2**63), 2**63), "None or an integer of 64 bits"),
@@ -75,16 +83,6 @@ def check_values(args: Any) -> None:
         raise ValueError(
             "`train_sampling_strategy='group_by_length'` saves padding, and responses run at their exact length, "
             "without padding. Leave it at 'random'."
-        )
-    if args.neftune_noise_alpha is not None:
-        raise ValueError(
-            f"`neftune_noise_alpha={args.neftune_noise_alpha!r}` adds noise to the embeddings that the policy and its "
-            "reference share, another for each, which hides the difference of the two. Leave it at None."
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"`label_smoothing_factor={args.label_smoothing_factor!r}` is for cross entropies and would be ignored. "
-            "Leave it at 0; `label_smoothing` is the share of preferences that are taken to be wrong."
         )
     if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
         raise ValueError(
