@@ -145,7 +145,11 @@ class ReferenceMixin(_TRLTrainer):
         """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]; on the set that is being stored."""
         if self._draw_set is not None:
             model = partial(model, draw_nonce=FIXED_NONCE + self._draw_set)
-        return super().compute_ref_log_probs(model, inputs)
+        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+        reference = super().compute_ref_log_probs(model, inputs)
+        for parameter in frozen:  # PEFT frees all of an adapter when it switches it on again
+            parameter.requires_grad_(False)
+        return reference
 
     def _remove_unreadable(self, part: Dataset, label: str) -> None:
         """Remove stored values that are damaged, so that they are computed again."""
