@@ -226,7 +226,7 @@ class Stage:
 def read_arguments(description: str) -> argparse.Namespace:
     """The arguments that both demos have, and quiet libraries."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the problems, the student and the model")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems, the student, the model and the training")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--threads", type=int, default=1, help="a model of this size is too small to share")
     arguments = parser.parse_args()
@@ -248,7 +248,7 @@ def main() -> None:
     with Stage(f"3. Answer {len(problems)} held-out problems"):
         before = test(made["model"], tokenizer, problems)
     with Stage("4. Align with VRPO: examples/vrpo_lora.py"):
-        history = align(folder, folder / "vrpo")
+        history = align(folder, folder / "vrpo", seed=arguments.seed)
     with Stage("5. Answer the same problems"):
         aligned = PeftModel.from_pretrained(made["model"], folder / "vrpo").eval()
         after = test(aligned, tokenizer, problems)

@@ -51,7 +51,7 @@ def main() -> None:
     with demo.Stage(f"3. Answer {len(problems)} held-out problems"):
         before = demo.test(made["model"], tokenizer, problems)
     with demo.Stage("4. Align with ELBO-KTO: examples/elbo_kto_lora.py"):
-        align(folder, folder / "elbo-kto")
+        align(folder, folder / "elbo-kto", seed=arguments.seed)
     with demo.Stage("5. Answer the same problems"):
         aligned = PeftModel.from_pretrained(made["model"], folder / "elbo-kto").eval()
         after = demo.test(aligned, tokenizer, problems)
