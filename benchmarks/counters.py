@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from trl_diffusion import MaskSampler
+
 
 class LiveBytes(TorchDispatchMode):
     """Peak bytes of the storages made inside the block that were alive at once, and the largest one."""
@@ -44,6 +46,15 @@ def _storages(values):
             yield value.untyped_storage()
         elif isinstance(value, (tuple, list)):
             yield from _storages(value)
+
+
+class HidesEverything(MaskSampler):
+    """The worst draw, every time: the output head's share of memory grows with the tokens that one draw hides."""
+
+    def __call__(self, maskable, rows, attention_mask=None, nonce=0):
+        draws = super().__call__(maskable, rows, attention_mask, nonce)
+        draws.masked[:] = maskable
+        return draws
 
 
 def matmul_flops(run) -> int:

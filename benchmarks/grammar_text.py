@@ -15,18 +15,21 @@ Everything is made from a seed; nothing is downloaded.
 
 import math
 import random
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from trl_diffusion.models import LLaDAConfig, LLaDAModelLM
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import word_problems
+from word_problems import EOS
 
-PAD, EOS, MASK, UNKNOWN = "<pad>", "<eos>", "<mask>", "<unk>"
+from trl_diffusion.models import LLaDAModelLM
+
 NAMES = {"Ben": "he", "Tom": "he", "Max": "he", "Jon": "he", "Ann": "she", "Eva": "she", "Zoe": "she", "Ida": "she"}
 OBJECT = {"he": "him", "she": "her"}
 KINDS = ("roles", "places", "things", "verbs", "adjectives")
@@ -195,36 +198,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
     words = [*NAMES, *OBJECT, *OBJECT.values(), *FUNCTION_WORDS.split()]
     words += [word for topic in TOPICS.values() for kind in KINDS for word in topic[kind]]
-    vocabulary = [PAD, EOS, MASK, UNKNOWN, *dict.fromkeys(words)]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=PAD,
-        eos_token=EOS,
-        mask_token=MASK,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-    )
+    return word_problems.make_word_tokenizer(words)
 
 
-def make_model(tokenizer, d_model=128, n_layers=4, mlp_hidden_size=320) -> LLaDAModelLM:
+def make_model(tokenizer) -> LLaDAModelLM:
     """A LLaDA of three quarters of a million parameters."""
-    return LLaDAModelLM(
-        LLaDAConfig(
-            d_model=d_model,
-            n_heads=4,
-            n_layers=n_layers,
-            mlp_hidden_size=mlp_hidden_size,
-            vocab_size=len(tokenizer),
-            max_sequence_length=320,
-            rope_theta=10_000.0,
-            init_std=0.05,
-            mask_token_id=tokenizer.mask_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    return word_problems.make_model(tokenizer, n_layers=4, max_sequence_length=320)
 
 
 # --- a model of the stories ------------------------------------------------------------------------------------------
@@ -246,29 +225,17 @@ def make_batch(tokenizer, length: int, size: int, rng: random.Random, spoilt_sha
     return torch.tensor([ids(row) for row in rows]), len(opening)
 
 
-def pretrain(tokenizer, seed: int, steps=1500, warmup=50):
+def pretrain(tokenizer, seed: int, steps=1500):
     """Train on stories of all lengths, the short ones first: what binds distant words is learned on them sooner."""
     torch.manual_seed(seed)
     rng, model = random.Random(seed), make_model(tokenizer)
-    matrices = [p for p in model.model.transformer["blocks"].parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(rest, lr=3e-3)
-    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    with tqdm(range(steps), desc="pre-training on stories") as bar:
-        for step in bar:
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = peak * min((step + 1) / warmup, 1.0) * (1 - step / steps)
-            length = rng.choice(LENGTHS[: 3 + round(5 * min(1.0, 2 * step / steps))])
-            ids, prompt = make_batch(tokenizer, length, max(1, TOKENS_PER_STEP // (length + 22)), rng)
-            loss = -elbo_per_token(model, ids, prompt)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss.item():.3f}", length=length)
+
+    def loss_of(step):
+        length = rng.choice(LENGTHS[: 3 + round(5 * min(1.0, 2 * step / steps))])
+        ids, prompt = make_batch(tokenizer, length, max(1, TOKENS_PER_STEP // (length + 22)), rng)
+        return -elbo_per_token(model, ids, prompt)
+
+    word_problems.train(model, loss_of, steps, decay=0.01, label="pre-training on stories")
     return model.eval()
 
 

@@ -25,7 +25,7 @@ import sys
 import time
 
 import torch
-from counters import LiveBytes, machine, matmul_flops
+from counters import HidesEverything, LiveBytes, machine, matmul_flops
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 
@@ -49,15 +49,6 @@ MODES = {
     "immediate, precomputed reference": ("immediate", False, True, None),
 }
 BASE = "naive, layer checkpointing"
-
-
-class HidesEverything(MaskSampler):
-    """The worst draw, every time."""
-
-    def __call__(self, maskable, rows, attention_mask=None, nonce=0):
-        draws = super().__call__(maskable, rows, attention_mask, nonce)
-        draws.masked[:] = maskable
-        return draws
 
 
 def make_model():

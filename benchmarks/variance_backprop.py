@@ -17,7 +17,7 @@ import torch
 import variance_report
 from counters import machine
 from tqdm.auto import tqdm
-from variance_estimators import BETA, DRAWS, ESTIMATORS
+from variance_estimators import BETA, DRAWS, ESTIMATORS, as_batch
 from variance_regimes import REGIMES, ROOT, load_regime
 
 from trl_diffusion import MaskSampler, elbo
@@ -50,14 +50,6 @@ def one_repeat(regime, parameters, batch, sampler, nonce) -> tuple[float, torch.
     loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected))
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
     return (chosen - rejected).item(), gradient
-
-
-def as_batch(prompt, responses):
-    """Ids, real tokens and maskable tokens of a pair, padded on the right."""
-    size = len(prompt) + max(map(len, responses))
-    ids = torch.tensor([prompt + y + [0] * (size - len(prompt) - len(y)) for y in responses])
-    real = torch.arange(size) < torch.tensor([[len(prompt) + len(y)] for y in responses])
-    return ids, real, real & (torch.arange(size) >= len(prompt))
 
 
 def measure(name: str, num_pairs: int, repeats: int, path: Path, root: Path) -> None:

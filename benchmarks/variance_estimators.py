@@ -68,17 +68,19 @@ class Repeats:
         return {"score": self.score.var().item(), "loss": self.loss.var().item(), "gradient": of_gradient.item()}
 
 
+def as_batch(prompt: list[int], responses: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids, real tokens and maskable tokens of a pair, padded on the right."""
+    size = len(prompt) + max(map(len, responses))
+    ids = torch.tensor([prompt + y + [0] * (size - len(prompt) - len(y)) for y in responses])
+    real = torch.arange(size) < torch.tensor([[len(prompt) + len(y)] for y in responses])
+    return ids, real, real & (torch.arange(size) >= len(prompt))
+
+
 def draw_pair(
     sampler: MaskSampler, prompt: list[int], responses: list[list[int]], repeats: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Masks and weights `(K, R, L)` of each response, from `repeats` calls on the pair as one batch."""
-    size = len(prompt) + max(map(len, responses))
-    ids = torch.zeros(len(responses), size, dtype=torch.long)
-    real = torch.zeros(len(responses), size, dtype=torch.bool)
-    for row, response in enumerate(responses):
-        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        real[row, : len(prompt) + len(response)] = True
-    maskable = real & (torch.arange(size) >= len(prompt))
+    ids, real, maskable = as_batch(prompt, responses)
     draws = [sampler(maskable, ids, attention_mask=real, nonce=repeat) for repeat in range(repeats)]
     masked = torch.stack([d.masked[:, :, len(prompt) :] for d in draws], dim=1)  # (K, R, 2, L)
     weight = torch.stack([d.weight[:, :, len(prompt) :] for d in draws], dim=1)

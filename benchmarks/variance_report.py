@@ -43,8 +43,13 @@ def geometric_mean(ratios: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(shuffled).log().mean(0).exp()
 
 
+def bounds(values: torch.Tensor) -> list[float]:
+    """Of the 95% interval, from the pairs that were drawn again."""
+    return values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
 def interval(values: torch.Tensor, digits: int = 2) -> str:
-    low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = bounds(values)
     return f"{number(values[0].item(), digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
@@ -242,7 +247,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for place, name in enumerate(names):
             ratios = [ratio(g, f"{name}|{DRAWS}", f"fixed counts|{DRAWS}", quantity) for g in groups.values()]
             for i, (regime, values, colour) in enumerate(zip(groups, ratios, colours, strict=True)):
-                low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+                low, high = bounds(values)
                 y = place + 0.6 * ((i + 0.5) / len(groups) - 0.5)
                 axis.plot([low, high], [y, y], color=colour, lw=1.2)
                 axis.plot(values[0], y, "o", color=colour, ms=4, label=regime if place == 0 else None)

@@ -84,12 +84,6 @@ def mask_key(mask) -> bytes:
     return mask.tobytes()
 
 
-def all_masks(length: int) -> torch.Tensor:
-    """Every non-empty mask, `(2**length - 1, length)`."""
-    codes = torch.arange(1, 2**length)
-    return (codes.unsqueeze(1) >> torch.arange(length)) & 1 == 1
-
-
 def distinct(masks: Iterable[torch.Tensor]) -> torch.Tensor:
     """The distinct masks among tensors `(..., L)`. The empty one is among them: Bernoulli masks can be empty."""
     flat = torch.cat([part.flatten(0, -2) for part in masks])

@@ -34,7 +34,7 @@ TRICKY_SHARE = 0.45  # of the steps: about half of the problems have at least on
 CARELESS_SHARE = 0.6  # how often the student mixes up a tricky verb
 MAX_NEW_TOKENS = 16  # canvas of an answer: the longest has 15 tokens with its end of text
 
-PAD, EOS, MASK = "<pad>", "<eos>", "<mask>"
+PAD, EOS, MASK, UNKNOWN = "<pad>", "<eos>", "<mask>", "<unk>"
 
 
 @dataclass(frozen=True)
@@ -121,21 +121,28 @@ def make_splits(seed: int, test=400, validation=200, pairs=600, pretraining=30_0
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word."""
     words = [*NAMES, "He", "She", "has", *NOUNS, *SIGN, "How", "many", "now", "?", ".", "+", "-", "=", ";", "so"]
-    words = [PAD, EOS, MASK, "<unk>", *dict.fromkeys(words), *map(str, range(LARGEST_NUMBER + 1))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    return make_word_tokenizer([*words, *map(str, range(LARGEST_NUMBER + 1))], padding_side="left")
+
+
+def make_word_tokenizer(words: list[str], **options) -> PreTrainedTokenizerFast:
+    """One token for each of `words`, after the special ones."""
+    vocabulary = [PAD, EOS, MASK, UNKNOWN, *dict.fromkeys(words)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
         mask_token=MASK,
-        unk_token="<unk>",
-        padding_side="left",
+        unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
+        **options,
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, d_model=128, n_layers=3, mlp_hidden_size=320) -> LLaDAModelLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, d_model=128, n_layers=3, mlp_hidden_size=320, max_sequence_length=64
+) -> LLaDAModelLM:
     """A LLaDA of half a million parameters."""
     config = LLaDAConfig(
         d_model=d_model,
@@ -143,7 +150,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, d_model=128, n_layers=3, mlp_
         n_layers=n_layers,
         mlp_hidden_size=mlp_hidden_size,
         vocab_size=len(tokenizer),
-        max_sequence_length=64,
+        max_sequence_length=max_sequence_length,
         rope_theta=10_000.0,
         init_std=0.05,
         mask_token_id=tokenizer.mask_token_id,
@@ -243,7 +250,7 @@ def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, m
     plain = [problem for problem in splits["validation"] if not problem.is_tricky]
     boldness = 1.0
     for _ in range(most_rounds):
-        _round(model, batches, steps, boldness)
+        train(model, lambda _: _loss(model, next(batches)), steps, boldness)
         texts = answer(model, tokenizer, [problem.prompt for problem in plain], label="checking")
         score = share(map(is_right, plain, texts))
         if score >= goal:
@@ -252,17 +259,24 @@ def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, m
     raise RuntimeError(f"The model answers only {score:.0%} of the plain problems: its errors are not habits.")
 
 
-def _round(model, batches, steps, boldness):
-    """Train with learning rates that rise for 50 steps and then fall to zero."""
-    optimizers = _optimizers(model)
+def train(model, loss_of, steps: int, boldness=1.0, decay=0.0, label="pre-training") -> None:
+    """
+    Steps on `loss_of(step)`, the loss of a new batch, with learning rates that rise for 50 steps and then fall to zero.
+    """
+    optimizers = _optimizers(model, decay)
     peaks = [boldness * optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    with tqdm(range(steps), desc="pre-training") as bar:
+    with tqdm(range(steps), desc=label) as bar:
         for step in bar:
             for optimizer, peak in zip(optimizers, peaks, strict=True):
                 optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1.0) * (1 - step / steps)
-            loss = _train_step(model, next(batches), optimizers)
+            loss = loss_of(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss:.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def _homework(tokenizer, problems, rng, batch_size):
@@ -287,8 +301,8 @@ def _homework(tokenizer, problems, rng, batch_size):
         yield input_ids, attention_mask, maskable
 
 
-def _train_step(model, batch, optimizers) -> float:
-    """One step on the negative ELBO per token (arXiv 2502.09992, equation 14: l of L' tokens masked, weight L'/l)."""
+def _loss(model, batch) -> torch.Tensor:
+    """The negative ELBO per token (arXiv 2502.09992, equation 14: l of L' tokens masked, weight L'/l)."""
     input_ids, attention_mask, maskable = batch
     size, length = len(input_ids), maskable.sum(1)
     levels = (torch.randperm(size) + torch.rand(size)) / size  # one in each of `size` equal bins: stratified
@@ -299,18 +313,12 @@ def _train_step(model, batch, optimizers) -> float:
     logits = model(input_ids=noised, attention_mask=attention_mask).logits
     nll = nn.functional.cross_entropy(logits[masked], input_ids[masked], reduction="none")
     weight = (length / num_masked).unsqueeze(1).expand_as(masked)[masked]
-    loss = (nll * weight).sum() / length.sum()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-    model.zero_grad()
-    return loss.item()
+    return (nll * weight).sum() / length.sum()
 
 
-def _optimizers(model):
+def _optimizers(model, decay):
     """Muon for the matrices of the blocks (several times fewer steps than AdamW here), AdamW for the rest."""
     matrices = [p for p in model.model.transformer["blocks"].parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)
+    return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(rest, lr=3e-3, weight_decay=decay)

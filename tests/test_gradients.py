@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from conftest import make_model, make_pairs
-from counters import LiveBytes, matmul_flops
+from counters import HidesEverything, LiveBytes, matmul_flops
 from dpo_reference import options_of
 from peft import LoraConfig, get_peft_model
-from test_head import HidesEverything, cost_model, make_batch, peak_of_training, scored
+from test_head import cost_model, make_batch, peak_of_training, scored
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import LOSS_TYPES, assert_same_gradients, make_trainer
 from transformers import TrainerCallback

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from conftest import make_model
-from counters import LiveBytes, matmul_flops
+from counters import HidesEverything, LiveBytes, matmul_flops
 
 from trl_diffusion import MaskSampler, elbo
 from trl_diffusion.head import ELBOHead, add_elbo_head, has_elbo_head
@@ -134,15 +134,6 @@ def test_non_finite_logits_are_refused(model):
 def cost_model(width=256):
     """Layers large against the vocabulary, as in the 8B."""
     return make_model(d_model=width, n_heads=4, n_layers=2, mlp_hidden_size=3 * width, vocab_size=600)
-
-
-class HidesEverything(MaskSampler):
-    """The worst draw, every time: the output head's share of memory grows with the tokens that one draw hides."""
-
-    def __call__(self, maskable, rows, attention_mask=None, nonce=0):
-        draws = super().__call__(maskable, rows, attention_mask, nonce)
-        draws.masked[:] = maskable
-        return draws
 
 
 def peak_of_training(model, batch, num_mc_samples, **kwargs):

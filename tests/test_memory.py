@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, make_pairs
-from counters import LiveBytes
+from counters import HidesEverything, LiveBytes
 from peft import LoraConfig, get_peft_model
 from test_gradients import TARGETS
-from test_head import HidesEverything
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config

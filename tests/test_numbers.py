@@ -98,8 +98,11 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(tmp_path, name
 @pytest.mark.parametrize("level", [0.0, 1 - 2.0**-53], ids=["all", "least"])
 def test_the_most_extreme_level_is_finite(monkeypatch, scheme, level):
     """1/t is at most 2^53, and such a draw hides a token with probability 2^-53; nothing overflows in float32."""
+
+    def constant(bits):
+        return torch.full(bits.shape, level, dtype=torch.float64)
+
     for module in ("draws", "schemes"):
-        constant = lambda bits: torch.full(bits.shape, level, dtype=torch.float64)  # noqa: E731
         monkeypatch.setattr(f"trl_diffusion.{module}.uniform", constant)
     draws = draw_masks(torch.ones(2, 5, dtype=torch.bool), 4, scheme)
     assert torch.isfinite(draws.weight).all()

@@ -14,6 +14,7 @@ import struct
 import zipfile
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.logging import get_logger
@@ -134,6 +135,11 @@ def read_state(checkpoint: str) -> dict:
     return json.loads((Path(checkpoint) / STATE).read_text())
 
 
+def record_in(state: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of its run in a `trainer_state.json`, which `RunRecord` has put there, or None."""
+    return state.get("stateful_callbacks", {}).get("RunRecord", {}).get("args", {}).get("record")
+
+
 def _problem_of_weights(checkpoint: Path) -> str:
     if any(path.is_dir() for pattern in _SHARDED for path in checkpoint.glob(pattern)):
         return ""  # their own metadata says what belongs to them, and is read with them
@@ -154,7 +160,7 @@ def _problem_of_training_state(checkpoint: Path, state: dict) -> str:
     archives = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in sorted(checkpoint.glob(pattern))]
     archives = [path for path in archives if path.name != "training_args.bin"]  # never read
     names = {path.name for path in archives} | {path.name for path in checkpoint.iterdir() if path.is_dir()}
-    record = state.get("stateful_callbacks", {}).get("RunRecord", {}).get("args", {}).get("record", {})
+    record = record_in(state) or {}
     processes = record.get("processes", 1)
     states = _random_states(processes)
     if not archives:

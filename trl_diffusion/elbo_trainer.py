@@ -239,10 +239,12 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""
-        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
-        prepared = [name for name, dataset in named.items() if dataset is eval_dataset]
-        if prepared or eval_dataset is self.eval_dataset:
-            eval_dataset = prepared[0] if prepared else None
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        own = [name for name, dataset in named.items() if dataset is eval_dataset]
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None
+        elif own:
+            eval_dataset = own[0]
         elif isinstance(eval_dataset, Dataset | IterableDataset):
             check_dataset(eval_dataset, "eval", self._row_forms, self._reference_columns)
         return super().evaluate(eval_dataset, **kwargs)

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 
 from .adapters import adapter_scaling
 from .baselines import NEED_A_BATCH
-from .checkpoints import read_state
+from .checkpoints import read_state, record_in
 from .draws import DRAW_VERSION
 from .elbo_arguments import ELBOArguments
 from .models.families import resolve_mask_token_id
@@ -138,11 +138,6 @@ def compare_with(checkpoint: str, now: dict[str, Any]) -> None:
         )
     if now.get("data") is None:
         logger.warning("The training data are a stream: it cannot be checked that they are those of %s.", checkpoint)
-
-
-def record_in(state: dict[str, Any]) -> dict[str, Any] | None:
-    """The record in a `trainer_state.json`, or None."""
-    return state.get("stateful_callbacks", {}).get(RunRecord.__name__, {}).get("args", {}).get("record")
 
 
 def fingerprint(dataset: Any, columns: Sequence[str]) -> str | None:
