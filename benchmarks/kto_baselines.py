@@ -28,7 +28,7 @@ import alignment
 import demo_kto
 
 from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer
-from trl_diffusion.baselines import BASELINES, DESIRABLE, UNDESIRABLE
+from trl_diffusion.trainers.elbo_kto.baselines import BASELINES, DESIRABLE, UNDESIRABLE
 
 NAMES = [*BASELINES, "kl"]
 NOISE_BATCHES = 32

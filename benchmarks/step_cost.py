@@ -30,8 +30,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 
 from trl_diffusion import LLaDAConfig, LLaDAModelLM, MaskSampler, elbo
-from trl_diffusion.head import ELBOHead
-from trl_diffusion.models.families import FAMILIES
+from trl_diffusion.models.family import FAMILIES
+from trl_diffusion.scoring.head import ELBOHead
 
 # LLaDA-8B's proportions: the feed-forward layer three times the width, the head 7% of the layers' products
 SIZES = {"d_model": 256, "n_heads": 4, "n_layers": 6, "mlp_hidden_size": 768, "vocab_size": 1500}

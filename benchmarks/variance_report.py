@@ -7,7 +7,7 @@ import torch
 from variance_estimators import ALLOCATIONS, BASELINES, DRAWS, ESTIMATORS, MAIN, OTHER_DRAWS
 from variance_regimes import REGIMES
 
-from trl_diffusion.control_variate import LARGEST_KAPPA
+from trl_diffusion.estimators.control_variate import LARGEST_KAPPA
 
 QUANTITIES = {"score": "the score", "loss": "the loss", "gradient": "the gradient of the loss"}
 BOOTSTRAP = 2000

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_quantization_config
 
 from trl_diffusion import DiffusionVRPOConfig, diagnose_variance
-from trl_diffusion.scripts import DiffusionModelConfig, load_datasets, with_model_init_kwargs
+from trl_diffusion.cli.arguments import DiffusionModelConfig, load_datasets, with_model_init_kwargs
 
 
 @dataclass

@@ -65,7 +65,7 @@ import sys
 from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
-from trl_diffusion.scripts import DiffusionModelConfig, load_datasets, with_model_init_kwargs
+from trl_diffusion.cli.arguments import DiffusionModelConfig, load_datasets, with_model_init_kwargs
 
 
 def main(script_args, training_args, model_args, dataset_args):

@@ -309,7 +309,7 @@ def test_an_output_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("trl_diffusion.checkpoints.NamedTemporaryFile", refuse)
+    monkeypatch.setattr("trl_diffusion.checks.inputs.NamedTemporaryFile", refuse)
     with pytest.raises(OSError, match="`output_dir=.*` cannot be written to: .*Permission denied"):
         test_trainers.make_trainer(tmp_path)
 

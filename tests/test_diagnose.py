@@ -14,10 +14,11 @@ from datasets import DatasetDict, IterableDataset
 from oracles import MASK, TableDenoiser, exact_fixed_count_variances, subsets
 from peft import LoraConfig, get_peft_model
 
-from trl_diffusion import ControlVariate, DiffusionVRPOConfig, VarianceReport, diagnose_variance, draw_masks, elbo, head
-from trl_diffusion.diagnose import _variance
-from trl_diffusion.variance_analysis import Scored, fixed_count_repeats, fixed_count_samples, repeats, variance_parts
-from trl_diffusion.variance_report import ENOUGH_DRAWS, ESTIMATORS
+from trl_diffusion import ControlVariate, DiffusionVRPOConfig, VarianceReport, diagnose_variance, draw_masks, elbo
+from trl_diffusion.diagnosis.diagnose import _variance
+from trl_diffusion.diagnosis.report import ENOUGH_DRAWS, ESTIMATORS
+from trl_diffusion.estimators.variance import Scored, fixed_count_repeats, fixed_count_samples, repeats, variance_parts
+from trl_diffusion.scoring import head
 
 LENGTH = 8
 IDS = torch.randint(0, MASK, (LENGTH,), generator=torch.Generator().manual_seed(3))

@@ -24,7 +24,7 @@ from processes import run_forked
 from safetensors.torch import load_file
 from test_kto import make_feedback
 
-from trl_diffusion.checkpoints import problem_of
+from trl_diffusion.resuming.checkpoints import problem_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"

@@ -12,7 +12,7 @@ import torch
 from oracles import subsets
 
 from trl_diffusion import ControlVariate, MaskDraws, MaskSampler, draw_masks
-from trl_diffusion.draws import DRAW_VERSION, SCHEMES
+from trl_diffusion.estimators.draws import DRAW_VERSION, SCHEMES
 
 ROWS = 20_000
 # Largest |z| over some hundred comparisons: P(any beyond 5) < 1e-3, and the seed is fixed

@@ -7,7 +7,7 @@ import torch
 from oracles import MASK, VOCAB, TableDenoiser, all_masks, exact_elbo, exact_fixed_count_variances, masked_sums
 
 from trl_diffusion import ControlVariate, MaskDraws, draw_masks, elbo
-from trl_diffusion.draws import SCHEMES
+from trl_diffusion.estimators.draws import SCHEMES
 
 LENGTH = 4
 IDS = torch.tensor([1, 3, 0, 2])

@@ -8,14 +8,9 @@ from conftest import HUB_TEMPLATE, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
 
-from trl_diffusion.models.families import (
-    FAMILIES,
-    Family,
-    check_denoiser,
-    family_of,
-    resolve_mask_token_id,
-    use_training_template,
-)
+from trl_diffusion.models.chat_template import use_training_template
+from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
+from trl_diffusion.models.family import FAMILIES, Family, family_of
 
 LLADA = FAMILIES["llada"]
 USER, OTHER_USER = {"role": "user", "content": "what is two"}, {"role": "user", "content": "  say hi \n"}

@@ -14,7 +14,7 @@ from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from trl_diffusion.models.families import FAMILIES
+from trl_diffusion.models.family import FAMILIES
 
 MASK, EOS, PAD = 2, 0, 0
 # Lengths and contents differ; no mask token; the first pair differs in its last token only

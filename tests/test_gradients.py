@@ -14,10 +14,11 @@ from test_kto import make_trainer as make_kto_trainer
 from test_trainers import LOSS_TYPES, assert_same_gradients, make_trainer
 from transformers import TrainerCallback
 
-from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo, head
-from trl_diffusion.baselines import BASELINES
-from trl_diffusion.gradients import choose_gradient_mode
-from trl_diffusion.models.families import FAMILIES
+from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo
+from trl_diffusion.models.family import FAMILIES
+from trl_diffusion.scoring import head
+from trl_diffusion.scoring.gradients import choose_gradient_mode
+from trl_diffusion.trainers.elbo_kto.baselines import BASELINES
 
 MODES = ("immediate", "checkpoint", "graph")
 TARGETS = FAMILIES["llada"].lora_target_modules

@@ -11,8 +11,8 @@ from conftest import make_model
 from counters import HidesEverything, LiveBytes, matmul_flops
 
 from trl_diffusion import MaskSampler, elbo
-from trl_diffusion.head import ELBOHead, add_elbo_head, has_elbo_head
-from trl_diffusion.models.families import FAMILIES, Family
+from trl_diffusion.models.family import FAMILIES, Family
+from trl_diffusion.scoring.head import ELBOHead, add_elbo_head, has_elbo_head
 
 
 def make_batch(lengths=(9, 14, 11), prompt=3, left=False, vocab=29, seed=0):

@@ -10,8 +10,9 @@ from test_kto import make_trainer as make_kto_trainer
 from test_trainers import batch_of, make_trainer
 
 from trl_diffusion import DiffusionVRPOConfig, elbo
-from trl_diffusion.control_variate import ControlVariate, RunningKappa
-from trl_diffusion.running_means import RunningKappaCallback
+from trl_diffusion.estimators.control_variate import ControlVariate
+from trl_diffusion.estimators.kappa import RunningKappa
+from trl_diffusion.trainers.running import RunningKappaCallback
 
 ADAPTIVE = {"control_variate": "adaptive", "num_mc_samples": 4}
 INITIAL = ControlVariate().kappa

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from test_trainers import assert_same_gradients, gradients
 
 from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer, elbo
-from trl_diffusion.baselines import BASELINES, RunningMeans, Totals
-from trl_diffusion.batch_composition import ComposedSampler
+from trl_diffusion.trainers.elbo_kto.baselines import BASELINES, RunningMeans, Totals
+from trl_diffusion.trainers.elbo_kto.composition import ComposedSampler
 
 FREE = sorted(BASELINES)  # baselines that need no forward of their own
 HALF = 0.5

@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from trl_diffusion import LLaDAConfig, LLaDAModelLM
 from trl_diffusion.models import LLaDAModel
-from trl_diffusion.models.configuration_llada import _ONLY_IMPLEMENTED
-from trl_diffusion.models.families import FAMILIES
+from trl_diffusion.models.family import FAMILIES
+from trl_diffusion.models.llada.configuration_llada import _ONLY_IMPLEMENTED
 
 VARIANTS = {
     "default": {},

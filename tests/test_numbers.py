@@ -14,10 +14,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_diffusion import draw_masks, elbo
-from trl_diffusion.checkpoints import problem_of
-from trl_diffusion.estimators import noise_inputs, weigh
-from trl_diffusion.head import ELBOHead
-from trl_diffusion.schemes import SCHEMES
+from trl_diffusion.estimators.elbo import noise_inputs, weigh
+from trl_diffusion.estimators.schemes import SCHEMES
+from trl_diffusion.resuming.checkpoints import problem_of
+from trl_diffusion.scoring.head import ELBOHead
 
 EPS = torch.finfo(torch.float32).eps
 

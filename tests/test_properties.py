@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from test_trainers import make_trainer
 
 from trl_diffusion import draw_masks, elbo
-from trl_diffusion.draws import MaskSampler
-from trl_diffusion.head import ELBOHead
-from trl_diffusion.option_checks import check_types, check_values
-from trl_diffusion.schemes import SCHEMES
+from trl_diffusion.checks.options import check_types, check_values
+from trl_diffusion.estimators.draws import MaskSampler
+from trl_diffusion.estimators.schemes import SCHEMES
+from trl_diffusion.scoring.head import ELBOHead
 
 # The same examples in every run, and no database beside the tests
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, print_blob=False)
@@ -156,7 +156,7 @@ VALUES = st.one_of(
 @given(st.sampled_from(["beta", "max_length", "draw_seed", "per_device_train_batch_size", "label_smoothing"]), VALUES)
 @settings(max_examples=200)
 def test_option_checks_refuse_or_accept_and_never_break(name, value):
-    from trl_diffusion.elbo_arguments import ELBOArguments
+    from trl_diffusion.trainers.arguments import ELBOArguments
 
     args = ELBOArguments()
     args.train_sampling_strategy = "random"

@@ -12,7 +12,8 @@ from test_kto import make_feedback
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import batch_of, make_trainer
 
-from trl_diffusion import DiffusionVRPOConfig, reference
+from trl_diffusion import DiffusionVRPOConfig
+from trl_diffusion.trainers import reference
 
 RUN = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 # (trainer, rows, options): each kind of batch that carries reference values

@@ -22,8 +22,9 @@ from processes import kill_myself, run_forked
 from test_kto import make_feedback
 from transformers import TrainerCallback
 
-from trl_diffusion import checkpoints, run_record
-from trl_diffusion.checkpoints import problem_of, resolve_checkpoint
+from trl_diffusion.resuming import checkpoints
+from trl_diffusion.resuming.checkpoints import problem_of, resolve_checkpoint
+from trl_diffusion.trainers import record as run_record
 
 STEPS = 7
 SAVED = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "num_mc_samples": 2}

@@ -15,7 +15,7 @@ from test_reference import holds_reference_values, on_disk
 from test_trainers import make_trainer
 
 from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig
-from trl_diffusion.checkpoints import problem_of
+from trl_diffusion.resuming.checkpoints import problem_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "trl_diffusion").rglob("*.py"))

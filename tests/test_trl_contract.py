@@ -1,5 +1,5 @@
 """
-What this package relies on inside TRL. When one of these fails, TRL has moved: read _trl.py, then its new code.
+What this package relies on inside TRL. When one of these fails, TRL has moved: read door.py, then its new code.
 """
 
 import importlib
@@ -14,9 +14,10 @@ from conftest import make_model
 from test_trainers import make_trainer
 from trl import DPOTrainer, KTOTrainer
 
-from trl_diffusion import _trl, elbo_trainer
-from trl_diffusion._trl import SEAM_NAMES, FusedCausalLMOutput, seam
-from trl_diffusion.option_checks import DPO_LOSS_TYPES, KTO_LOSS_TYPES
+from trl_diffusion.checks.options import DPO_LOSS_TYPES, KTO_LOSS_TYPES
+from trl_diffusion.scoring import door
+from trl_diffusion.scoring.door import SEAM_NAMES, FusedCausalLMOutput, seam
+from trl_diffusion.trainers import base
 
 TRL = f"trl {version('trl')}"
 TRAINERS = {"trl.trainer.dpo_trainer": DPOTrainer, "trl.trainer.kto_trainer": KTOTrainer}
@@ -52,7 +53,7 @@ def test_fields_of_the_fused_output():
 def test_a_trainer_without_the_head_refuses_to_be_made(tmp_path):
     """If TRL no longer went through the seam, the model would be scored as a causal one, silently."""
     with (
-        mock.patch.object(elbo_trainer.ELBOTrainerMixin, "_seam", lambda self: mock.MagicMock()),
+        mock.patch.object(base.ELBOTrainerMixin, "_seam", lambda self: mock.MagicMock()),
         pytest.raises(RuntimeError, match=f"was not given its ELBO head by {TRL}"),
     ):
         make_trainer(tmp_path)
@@ -85,12 +86,12 @@ def test_trl_itself_would_score_the_model_as_a_causal_one(tmp_path):
 def test_other_versions_are_refused(monkeypatch, found, message):
     def installed(name):
         if found is None:
-            raise _trl.PackageNotFoundError
+            raise door.PackageNotFoundError
         return found
 
-    monkeypatch.setattr(_trl, "version", installed)
+    monkeypatch.setattr(door, "version", installed)
     with pytest.raises(ImportError, match=message):
-        _trl._check_trl()
+        door._check_trl()
 
 
 def test_the_range_is_the_one_of_the_package_metadata():
@@ -98,7 +99,7 @@ def test_the_range_is_the_one_of_the_package_metadata():
 
     (requirement,) = [r for r in requires("trl_diffusion") if r.startswith("trl<") or r.startswith("trl>")]
     assert set(requirement.replace("trl", "").split(",")) == {">=1.16", "<1.17"}
-    assert _trl._TESTED_TRL == ((1, 16), (1, 17))
+    assert door._TESTED_TRL == ((1, 16), (1, 17))
 
 
 @pytest.mark.parametrize(

@@ -10,33 +10,35 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .configs import DiffusionVRPOConfig, ELBOKTOConfig
-    from .control_variate import ControlVariate
-    from .diagnose import diagnose_variance
-    from .draws import MaskDraws, MaskSampler, draw_masks
-    from .estimators import ELBO, elbo
-    from .memory import MemoryEstimate, estimate_memory
+    from .diagnosis.diagnose import diagnose_variance
+    from .diagnosis.report import VarianceReport
+    from .estimators.control_variate import ControlVariate
+    from .estimators.draws import MaskDraws, MaskSampler, draw_masks
+    from .estimators.elbo import ELBO, elbo
     from .models import LLaDAConfig, LLaDAModelLM
-    from .trainers import DiffusionVRPOTrainer, ELBOKTOTrainer
-    from .variance_report import VarianceReport
+    from .planning.memory import MemoryEstimate, estimate_memory
+    from .trainers.elbo_kto.config import ELBOKTOConfig
+    from .trainers.elbo_kto.trainer import ELBOKTOTrainer
+    from .trainers.vrpo.config import DiffusionVRPOConfig
+    from .trainers.vrpo.trainer import DiffusionVRPOTrainer
 
 _HOMES = {
-    "ControlVariate": "control_variate",
-    "DiffusionVRPOConfig": "configs",
-    "DiffusionVRPOTrainer": "trainers",
-    "ELBO": "estimators",
-    "ELBOKTOConfig": "configs",
-    "ELBOKTOTrainer": "trainers",
+    "ControlVariate": "estimators.control_variate",
+    "DiffusionVRPOConfig": "trainers.vrpo.config",
+    "DiffusionVRPOTrainer": "trainers.vrpo.trainer",
+    "ELBO": "estimators.elbo",
+    "ELBOKTOConfig": "trainers.elbo_kto.config",
+    "ELBOKTOTrainer": "trainers.elbo_kto.trainer",
     "LLaDAConfig": "models",
     "LLaDAModelLM": "models",
-    "MaskDraws": "draws",
-    "MaskSampler": "draws",
-    "MemoryEstimate": "memory",
-    "VarianceReport": "variance_report",
-    "diagnose_variance": "diagnose",
-    "draw_masks": "draws",
-    "elbo": "estimators",
-    "estimate_memory": "memory",
+    "MaskDraws": "estimators.draws",
+    "MaskSampler": "estimators.draws",
+    "MemoryEstimate": "planning.memory",
+    "VarianceReport": "diagnosis.report",
+    "diagnose_variance": "diagnosis.diagnose",
+    "draw_masks": "estimators.draws",
+    "elbo": "estimators.elbo",
+    "estimate_memory": "planning.memory",
 }
 
 __all__ = [

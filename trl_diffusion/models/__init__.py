@@ -1,9 +1,13 @@
-"""Native models. Importing this package makes transformers' auto classes know them."""
+"""
+What a masked diffusion model is: its family, native classes, chat templates, and the sampler behind `generate`.
+
+Knows transformers; importing it makes the auto classes know the native models. Does not know draws, scores or TRL.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from .configuration_llada import LLaDAConfig
-from .modeling_llada import LLaDAModel, LLaDAModelLM
+from .llada.configuration_llada import LLaDAConfig
+from .llada.modeling_llada import LLaDAModel, LLaDAModelLM
 
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)

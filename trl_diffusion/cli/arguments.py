@@ -1,0 +1,68 @@
+"""What training scripts share: model arguments that fit a diffusion model, and datasets from the command line."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import load_dataset
+
+from ..scoring.door import ModelConfig, get_dataset
+
+
+@dataclass
+class DiffusionModelConfig(ModelConfig):
+    """
+    TRL's model arguments, with a `dtype` that follows the quantisation where none is given.
+
+    Parameters:
+        dtype (`str`, *optional*):
+            Precision to load the model in. Defaults to `"bfloat16"` for a quantised model, else `"float32"`.
+    """
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision to load the model in. Defaults to `'bfloat16'` for a quantised model, else `'float32'`.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype is None:
+            self.dtype = "bfloat16" if self.load_in_4bit or self.load_in_8bit else "float32"
+
+
+def with_model_init_kwargs(training_args: Any, model_args: Any) -> Any:
+    """The training arguments, with what the model arguments say of loading the model; their own keep precedence."""
+    chosen = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    training_args.model_init_kwargs = chosen | (training_args.model_init_kwargs or {})
+    return training_args
+
+
+def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> dict[str, Any]:
+    """
+    The `train_dataset` and, if there is an evaluation strategy, the `eval_dataset` that the arguments name.
+
+    Raises:
+        ValueError: no dataset is named, or two in different ways.
+    """
+    if dataset_args.datasets and script_args.dataset_name:
+        raise ValueError("Both `datasets` and `dataset_name` are given. Keep one of them.")
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        dataset = load_dataset(
+            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+        )
+    else:
+        raise ValueError("Give a dataset: `--dataset_name`, or `datasets` in a YAML file.")
+    evaluate = training_args.eval_strategy != "no"
+    return {
+        "train_dataset": dataset[script_args.dataset_train_split],
+        "eval_dataset": dataset[script_args.dataset_test_split] if evaluate else None,
+    }

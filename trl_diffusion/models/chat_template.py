@@ -1,0 +1,35 @@
+"""Chat templates that a preference trainer can cut completions out of."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from .family import Family
+
+
+def use_training_template(tokenizer: PreTrainedTokenizerBase, family: Family) -> bool:
+    """
+    Replace a chat template that opens an assistant turn when not asked to. Returns whether it was replaced.
+
+    The replacement writes a prompt with `add_generation_prompt=True` as before. A template for which it would not is
+    left alone.
+    """
+    if family.training_chat_template is None or tokenizer.chat_template is None:
+        return False
+
+    def write(turn: list[dict[str, Any]], template: str | None = None, opened: bool = True) -> str:
+        return tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False, add_generation_prompt=opened)
+
+    prompt = [{"role": "user", "content": "x"}]
+    answer = [*prompt, {"role": "assistant", "content": "y"}]
+    try:
+        before = [write(turn) for turn in (prompt, answer)]
+        if write(prompt, opened=False) != before[0]:
+            return False
+    except (TemplateError, TypeError):  # of another's making; reported when the data are written with it
+        return False
+    if before != [write(turn, family.training_chat_template) for turn in (prompt, answer)]:
+        return False
+    tokenizer.chat_template = family.training_chat_template
+    return True

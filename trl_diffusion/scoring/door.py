@@ -1,0 +1,87 @@
+"""
+The only door to TRL's internals.
+
+TRL 1.16 touches log-probabilities in one expression, `model(..., labels=labels, fused_lm_head=True).log_probs`, and
+gives a model that forward with `add_fused_lm_head`, which the trainers look up by name while they are constructed. The
+seam is that name, and two more that are looked up beside it: [`seam`] puts ours in their place for the time of the
+constructor. tests/test_trl_contract.py holds TRL to what is said here.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from unittest import mock
+
+from packaging.version import Version
+
+from .._version import __version__
+
+# The minor versions of TRL that the seam was tested on; the same range as in pyproject.toml
+_TESTED_TRL = ((1, 16), (1, 17))
+
+
+def _check_trl() -> None:
+    try:
+        installed = version("trl")
+    except PackageNotFoundError:
+        raise ImportError("The trainers need trl>=1.16,<1.17: `pip install 'trl>=1.16,<1.17'`.") from None
+    minor = Version(installed).release[:2]
+    if not _TESTED_TRL[0] <= minor < _TESTED_TRL[1]:
+        raise ImportError(
+            f"trl_diffusion {__version__} was tested with trl>=1.16,<1.17 and found trl {installed}. It changes one "
+            "thing inside TRL and cannot vouch for a version where that may have moved: `pip install "
+            "'trl>=1.16,<1.17'`."
+        )
+
+
+_check_trl()  # before anything is looked for in it
+
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ModelConfig, get_dataset
+from trl.data_utils import is_conversational
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import FusedCausalLMOutput, hash_module, maybe_gather_lm_head_ctx
+
+# Names that a TRL trainer module looks up in its constructor, in this order
+SEAM_NAMES = ("create_model_from_path", "get_peft_model", "add_fused_lm_head")
+
+__all__ = [
+    "SEAM_NAMES",
+    "ChunkedLogProbFunction",
+    "DPOConfig",
+    "DPOTrainer",
+    "FusedCausalLMOutput",
+    "KTOConfig",
+    "KTOTrainer",
+    "ModelConfig",
+    "get_dataset",
+    "hash_module",
+    "is_conversational",
+    "maybe_gather_lm_head_ctx",
+    "seam",
+    "seam_function",
+]
+
+
+def seam_function(trainer_module: str, name: str) -> Callable:
+    """What TRL itself uses under one of the [`SEAM_NAMES`]."""
+    return getattr(importlib.import_module(trainer_module), name)
+
+
+@contextmanager
+def seam(trainer_module: str, **replacements: Any) -> Iterator[None]:
+    """
+    Replace names in the namespace of a TRL trainer module for the duration of the block.
+
+    The trainers' constructors load the model, wrap it with PEFT, give it its scoring head, and only then prepare the
+    reference and score the dataset with it. Ours have to stand at exactly these places.
+
+    Raises:
+        AttributeError: TRL no longer looks that name up there.
+    """
+    unknown = set(replacements) - set(SEAM_NAMES)
+    if unknown:
+        raise AttributeError(f"Not a name of the seam: {sorted(unknown)}.")
+    with mock.patch.multiple(importlib.import_module(trainer_module), **replacements):
+        yield

@@ -1,0 +1,236 @@
+"""
+The ELBO head: makes a denoiser's forward answer TRL's request for log-probabilities with ELBO terms.
+
+It is to masked diffusion models what `trl.trainer.utils.add_fused_lm_head` is to causal ones. Called with
+`fused_lm_head=True`, the forward scores every response on the draws named by `draw_nonce`:
+
+- each response runs at its exact length, its draws being the batch: no padding, no attention mask;
+- only masked positions go through the output head, and the logits of a batch are never built;
+- memory does not grow with the number of draws (`gradients.py`).
+
+All K forwards happen inside one call of the wrapped model, so DDP and FSDP see one forward per micro-batch.
+"""
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ..estimators.draws import MaskDraws
+from ..estimators.elbo import ELBO, noise_inputs, weigh
+from ..models.family import family_of
+from .door import ChunkedLogProbFunction, FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from .gradients import (
+    carry_gradients,
+    choose_gradient_mode,
+    score_with_gradient,
+    score_with_graph,
+    trainable_parameters,
+)
+
+# The draws of precomputed reference values and of evaluation. Training steps count from one.
+FIXED_NONCE = 0
+VOCABULARY_TILE = 32768  # columns of the output head that are multiplied together
+_TOKENS_PER_FORWARD = 1024
+
+
+@dataclass
+class ELBOHeadOutput(FusedCausalLMOutput):
+    """
+    What TRL reads (`log_probs`: `(B, L - 1)` ELBO terms, the first column dropped) and what the diagnostics read.
+
+    Args:
+        elbo: the estimate, detached.
+        mask_ratio: share of maskable tokens that were masked.
+    """
+
+    elbo: ELBO | None = None
+    mask_ratio: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ELBOHead:
+    """
+    Scores responses by their ELBO.
+
+    Args:
+        sampler: where the draws come from: a [`MaskSampler`], or what is called like one.
+        mask_token_id: the mask token.
+        draws_per_forward: draws of one response that run together as the rows of one forward. By default as many as
+            fit in a budget of tokens.
+        elbo_gradient: how gradients are computed, one of [`GRADIENT_MODES`].
+        obstacle: what is known against an immediate gradient, beyond what the model shows.
+        announce: told once what `elbo_gradient="auto"` has picked, and why.
+        observer: called with the output of every request, for diagnostics.
+    """
+
+    sampler: Callable[..., MaskDraws]
+    mask_token_id: int
+    draws_per_forward: int | None = None
+    elbo_gradient: str = "auto"
+    obstacle: str = ""
+    announce: Callable[[str], None] | None = None
+    observer: Callable[[ELBOHeadOutput], None] | None = None
+    _chosen: WeakKeyDictionary[torch.nn.Module, str] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        draw_nonce: int = FIXED_NONCE,
+    ) -> ELBOHeadOutput:
+        """
+        Args:
+            model: a denoiser with a backbone and an output head.
+            input_ids: `(B, L)` prompts and responses.
+            labels: `(B, L)`, -100 outside the responses.
+            attention_mask: `(B, L)`, one at real tokens.
+            draw_nonce: names the draws.
+
+        Returns:
+            [`ELBOHeadOutput`].
+
+        Raises:
+            ValueError: a response starts at position 0, where TRL does not look, or a log-probability is not finite.
+        """
+        maskable = labels != -100
+        if bool(maskable[:, 0].any()):
+            raise ValueError("A response starts at position 0: give every example a prompt of at least one token.")
+        real = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
+        draws = self.sampler(maskable, input_ids, real, draw_nonce)
+        elbo = self._score(model, input_ids, real, maskable, draws)
+        output = _to_trl(elbo, draws.masked.sum() / (maskable.sum() * draws.num_mc_samples))
+        if self.observer is not None:
+            self.observer(output)
+        return output
+
+    def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
+        mode = self._gradient_mode(model)
+        responses = [
+            self._response(model, *row)
+            for row in zip(input_ids, real, draws.masked.unbind(1), draws.weight.unbind(1), strict=True)
+        ]
+        if mode != "immediate":
+            return weigh(_place([score_with_graph(score, masks, mode) for score, masks, _ in responses], real), draws)
+        parameters = trainable_parameters(model)  # of this step: a callback may have frozen or freed some
+        scored, gradients = zip(
+            *(score_with_gradient(score, masks, weights, parameters) for score, masks, weights in responses),
+            strict=True,
+        )
+        elbo = weigh(_place(scored, real), draws)
+        return replace(elbo, terms=carry_gradients(elbo.terms, maskable, gradients, parameters))
+
+    def _gradient_mode(self, model) -> str:
+        """How to differentiate: settled at the first forward with a gradient, when the weights are in place."""
+        if not torch.is_grad_enabled():
+            return "graph"
+        if model not in self._chosen:
+            mode, reason = choose_gradient_mode(self.elbo_gradient, model, self.obstacle)
+            self._chosen[model] = mode
+            if self.elbo_gradient == "auto" and self.announce is not None:
+                self.announce(f"`elbo_gradient='auto'` is {mode!r} here: {reason}.")
+        return self._chosen[model]
+
+    def _response(self, model, ids, real, masked, weight):
+        """How one response of exact length T is scored: a function of masks `(k, T)`; masks and weights by chunk."""
+        size = draws_per_chunk(int(real.sum()), self.draws_per_forward)
+        score = partial(_score_draws, model, ids[real], mask_token_id=self.mask_token_id)
+        return score, masked[:, real].split(size), weight[:, real].split(size)
+
+
+def draws_per_chunk(length: int, draws_per_forward: int | None) -> int:
+    """How many draws of a response of `length` tokens run together."""
+    return draws_per_forward or max(1, _TOKENS_PER_FORWARD // length)
+
+
+def largest_chunk(longest: int, num_mc_samples: int, draws_per_forward: int | None) -> int:
+    """Tokens of the largest chunk that responses of up to `longest` tokens make; shorter ones may fill the budget."""
+    if draws_per_forward is not None:
+        return min(draws_per_forward, num_mc_samples) * longest
+    return max(longest, min(_TOKENS_PER_FORWARD, num_mc_samples * longest))
+
+
+def add_elbo_head(model: PreTrainedModel, head: ELBOHead) -> None:
+    """
+    Patch `model.forward` so that `model(..., labels=labels, fused_lm_head=True)` returns an [`ELBOHeadOutput`].
+
+    Without `fused_lm_head` the forward is the original one. Add the head before accelerate wraps the model.
+    """
+    # A function of the model, not a bound method: a copy of the model has to run its own weights. The exception is a
+    # forward that hooks have closed over, accelerate's for instance.
+    patched = model.__dict__.get("forward")
+    original_forward = type(model).forward
+    if patched is not None and not has_elbo_head(model):
+        bound = patched
+        original_forward = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
+
+    # Keeps the model's own signature, which `generate` and the Trainer read
+    @wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, draw_nonce=FIXED_NONCE, **kwargs):
+        if not fused_lm_head:
+            return original_forward(self, *args, **kwargs)
+        return head(self, kwargs["input_ids"], kwargs["labels"], kwargs.get("attention_mask"), draw_nonce)
+
+    forward.elbo_head = head  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def has_elbo_head(model: Any) -> bool:
+    """Whether [`add_elbo_head`] was applied to this very model."""
+    return hasattr(getattr(model.__dict__.get("forward"), "__func__", None), "elbo_head")
+
+
+def _score_draws(model, ids, masked, *, mask_token_id):
+    """One forward of `(k, T)` corrupted copies of one sequence; log-probabilities of the masked tokens, 0 elsewhere."""
+    hidden = model.base_model(input_ids=noise_inputs(ids, masked, mask_token_id), use_cache=False).last_hidden_state
+    predicting = masked
+    if family_of(model.config).logit_shift:  # position i - 1 predicts token i
+        predicting = masked.roll(-1, dims=-1)
+    output_head = model.get_output_embeddings()
+    if isinstance(output_head, FSDPModule):
+        # Sharded on its own, and gathered by FSDP2 when it is called, which it is not: only its weight is used. A
+        # gradient through `full_tensor()` would be that of this process's rows alone.
+        output_head.unshard()
+    weight, bias = output_head.weight, output_head.bias
+    hidden = hidden.to(weight.device)[predicting.to(weight.device)]
+    targets = ids.expand(masked.shape)[masked].to(weight.device)
+    with maybe_gather_lm_head_ctx(weight, bias):
+        log_probs = ChunkedLogProbFunction.apply(
+            hidden, weight, bias, targets, 1.0, min(VOCABULARY_TILE, weight.shape[0]), None, 1.0, ()
+        )[0]
+    log_probs = log_probs.to(masked.device)
+    return log_probs.new_zeros(masked.shape).masked_scatter(masked, log_probs)
+
+
+def _place(scored: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+    """Put `(K, T)` scores of each row's real tokens to their places in `(K, B, L)`."""
+    placed = [
+        scores.new_zeros(scores.shape[0], row.shape[0]).masked_scatter(row.expand(scores.shape[0], -1), scores)
+        for scores, row in zip(scored, real, strict=True)
+    ]
+    return torch.stack(placed, dim=1)
+
+
+def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
+    terms = elbo.terms[:, 1:].clone()  # FSDP2 hooks into what the forward returns, which must not be a view
+    unused = torch.zeros_like(terms, requires_grad=False)  # TRL logs statistics of logits that are never built
+    return ELBOHeadOutput(
+        loss=-terms.sum(),
+        log_probs=terms,
+        entropy=unused,
+        mean_logits=unused,
+        is_top1=unused.bool(),
+        label_mask=unused.bool(),
+        elbo=replace(elbo, terms=elbo.terms.detach()),
+        mask_ratio=mask_ratio,
+    )

@@ -1,0 +1,208 @@
+"""Training arguments of the estimator, which every trainer of this package adds to its TRL parent's."""
+
+import math
+from dataclasses import dataclass, field
+
+from ..checks.options import check_types, check_values
+from ..estimators.control_variate import ControlVariate
+from ..estimators.draws import MaskSampler
+from ..estimators.schemes import SCHEMES
+from ..scoring.gradients import GRADIENT_MODES
+
+CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
+
+
+@dataclass
+class ELBOArguments:
+    """Arguments that every trainer of this package adds to its TRL parent's."""
+
+    # Parameters that control the estimator
+    num_mc_samples: int = field(
+        default=8,
+        metadata={
+            "help": "Number of mask draws per response in one estimate of its ELBO. Cost grows linearly with it."
+        },
+    )
+    mask_scheme: str = field(
+        default="mirror",
+        metadata={
+            "help": "How a response is masked: `'mirror'` makes pairs of draws, the second of which masks what the "
+            "first shows; `'fixed_count'` masks a uniformly drawn number of tokens; `'bernoulli'` masks each token "
+            "with a uniformly drawn probability. All are unbiased, in the order of their variance.",
+            "choices": sorted(SCHEMES),
+        },
+    )
+    stratify: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the mask levels of a response's draws are spread evenly over their range instead of drawn "
+            "independently. Unbiased, as a rule with less variance, no cost."
+        },
+    )
+    control_variate: str = field(
+        default="leave_one_out",
+        metadata={
+            "help": "What is done about the noise from which tokens happen to be masked. `'leave_one_out'`: what the "
+            "other draws predict of the masked tokens is subtracted, and the mean of that prediction added back; "
+            "unbiased, no cost. `'adaptive'`: the same, and how much is subtracted is learnt from past steps. "
+            "`'none'`: nothing.",
+            "choices": list(CONTROL_VARIATES),
+        },
+    )
+    couple_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether responses to one prompt have the same mask levels, and the same tokens masked where they "
+            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Only "
+            "of use where a batch holds both responses of a pair."
+        },
+    )
+    share_draws: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the policy and the reference are scored on the same masks (the 'antithetic sampling' of "
+            "VRPO). Turning it off is for ablations."
+        },
+    )
+    draw_seed: int | None = field(
+        default=None,
+        metadata={"help": "Seed of the mask draws. Defaults to `seed`."},
+    )
+
+    # Parameters that control the reference
+    num_reference_draw_sets: int = field(
+        default=1,
+        metadata={
+            "help": "Number of sets of draws that `precompute_ref_log_probs=True` scores the reference on. Epochs take "
+            "the sets in turn. With one set every epoch has the same draws."
+        },
+    )
+
+    # Parameters that control the memory
+    draws_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of draws of one response that run through the model together. More is faster until the "
+            "device is busy; memory grows with it, but not with `num_mc_samples`. By default as many as fit in 1024 "
+            "tokens."
+        },
+    )
+    elbo_gradient: str = field(
+        default="auto",
+        metadata={
+            "help": "How the gradient of an ELBO is computed. `'immediate'`: forward and backward of each draw at "
+            "once, one adapter-sized buffer per response, nothing computed twice; for adapters on one device or under "
+            "DDP. `'checkpoint'`: nothing kept, each forward run again; for full training and sharded weights. "
+            "`'graph'`: plain autograd, whose memory grows with `num_mc_samples`. `'auto'` picks one of the first two. "
+            "All give the same gradient.",
+            "choices": list(GRADIENT_MODES),
+        },
+    )
+    adapter_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Precision of the trainable adapter weights on a quantised model. In `'bfloat16'` (TRL's choice) "
+            "updates smaller than 1/256 of a weight are lost, which small learning rates run into.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+
+    # Parameters that control the data
+    append_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the end-of-text token is appended to conversational completions, after the end of turn "
+            "that the chat template writes. It is then part of the response that is scored. Completions of standard "
+            "(non-conversational) datasets always end in it."
+        },
+    )
+
+    def check_elbo_arguments(self) -> None:
+        """Refuse values that make no estimator, or no run."""
+        check_types(self, ELBOArguments)
+        check_values(self)
+        if self.num_mc_samples < 1:
+            raise ValueError(f"`num_mc_samples` must be at least 1, got {self.num_mc_samples}. The default is 8.")
+        if self.mask_scheme not in SCHEMES:
+            raise ValueError(f"`mask_scheme` must be one of {sorted(SCHEMES)}, got {self.mask_scheme!r}.")
+        self._check_control_variate()
+        if self.draws_per_forward is not None and self.draws_per_forward < 1:
+            raise ValueError(f"`draws_per_forward` must be at least 1, got {self.draws_per_forward}.")
+        if self.elbo_gradient not in GRADIENT_MODES:
+            raise ValueError(f"`elbo_gradient` must be one of {GRADIENT_MODES}, got {self.elbo_gradient!r}.")
+        if self.elbo_gradient == "immediate":
+            self._check_immediate()
+        self._check_reference_draw_sets()
+        if self.adapter_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`adapter_dtype` must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}.")
+
+    def _check_reference_draw_sets(self) -> None:
+        sets = self.num_reference_draw_sets
+        if sets < 1:
+            raise ValueError(f"`num_reference_draw_sets` must be at least 1, got {sets}. The default is 1.")
+        if sets > 1 and not getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                f"`num_reference_draw_sets={sets}` is for `precompute_ref_log_probs=True`; a reference that is scored "
+                "at every step meets new draws at every step. Leave it at its default, 1."
+            )
+        epochs = getattr(self, "num_train_epochs", sets)
+        if sets > 1 and sets > math.ceil(epochs) and getattr(self, "max_steps", -1) <= 0:
+            raise ValueError(
+                f"`num_reference_draw_sets={sets}` is more than `num_train_epochs={epochs}`: each epoch takes one "
+                "set, and the others would be computed for nothing. Lower the first or raise the second."
+            )
+
+    def _check_immediate(self) -> None:
+        """What of the obstacles can be seen already."""
+        if getattr(self, "fp16", False):
+            raise ValueError(
+                "`elbo_gradient='immediate'` cannot be used with `fp16=True`: its inner backward runs before the loss "
+                "is scaled. Set `bf16=True`, or `elbo_gradient='checkpoint'`."
+            )
+        kwargs = getattr(self, "gradient_checkpointing_kwargs", None)
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise ValueError(
+                "`elbo_gradient='immediate'` cannot be used with `gradient_checkpointing_kwargs={'use_reentrant': "
+                "True}`, which an inner backward cannot go through. Set `use_reentrant` to `False`, or "
+                "`elbo_gradient='checkpoint'`."
+            )
+
+    def _check_control_variate(self) -> None:
+        if self.control_variate not in CONTROL_VARIATES:
+            raise ValueError(
+                f"`control_variate` must be one of {list(CONTROL_VARIATES)}, got {self.control_variate!r}."
+            )
+        if self.control_variate != "adaptive":
+            return
+        if getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "`control_variate='adaptive'` changes the weights of draws from step to step, and what "
+                "`precompute_ref_log_probs=True` stores is valid for one set of weights. Set "
+                "`control_variate='leave_one_out'`, or leave the reference to be scored in each step."
+            )
+        if not self.share_draws:
+            raise ValueError(
+                "`control_variate='adaptive'` compares the policy with the reference draw by draw, which "
+                "`share_draws=False` does not allow. Set `control_variate='leave_one_out'`."
+            )
+
+    def mask_sampler(self) -> MaskSampler:
+        """The sampler that these arguments describe."""
+        seed = self.seed if self.draw_seed is None else self.draw_seed  # type: ignore[attr-defined]
+        return MaskSampler(
+            num_mc_samples=self.num_mc_samples,
+            scheme=self.mask_scheme,
+            stratify=self.stratify,
+            seed=seed,
+            control_variate=None if self.control_variate == "none" else ControlVariate(),
+            couple_pairs=self.couple_pairs,
+        )
+
+    def describe_estimator(self) -> str:
+        """One line for the model card."""
+        return (
+            f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
+            f"{', stratified' if self.stratify else ''}, control variate `{self.control_variate}`"
+            f"{', pairs coupled' if self.couple_pairs else ''}, {'shared' if self.share_draws else 'not shared'} "
+            "between the policy and the reference"
+        )

@@ -1,0 +1,273 @@
+"""
+What the trainers of this package share: TRL's trainer, with a Monte Carlo ELBO in the place of the log-probability.
+
+What is overridden, in the order in which a run meets it: how the model gets its scoring head (constructor), which rows
+reach it (`_prepare_dataset`), which draws the policy and the reference meet (`reference.py`). Losses, references,
+adapters, checkpoints and the loop are TRL's own.
+"""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from ..checks.inputs import (
+    RowForms,
+    check_arguments,
+    check_dataset,
+    check_datasets,
+    check_models,
+    check_same_vocabulary,
+    check_template,
+    check_tokenizer,
+    load_config,
+    require_elbo_head,
+)
+from ..checks.numbers import FiniteGradients, NamingMixin
+from ..estimators.draws import MaskDraws
+from ..models.chat_template import use_training_template
+from ..models.denoiser import check_denoiser, resolve_mask_token_id
+from ..models.family import FAMILIES, family_of
+from ..planning.fit import MemoryCheckMixin
+from ..scoring.adapters import (
+    adapter_precision,
+    cast_adapters,
+    check_reference_of_adapters,
+    fitting_get_peft_model,
+    keep_differentiable,
+    reference_copy,
+)
+from ..scoring.door import is_conversational, seam, seam_function
+from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
+from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
+from .data import append_eos, drop_unusable_rows, ending_token_ids
+from .metrics import ScoreDiagnostics
+from .model_card import write_model_card
+from .reference import ReferenceMixin
+from .resume import ResumingMixin
+from .running import RunningKappaCallback
+
+logger = get_logger(__name__)
+Callback = TypeVar("Callback")
+
+
+class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMixin):
+    """
+    Put in front of a TRL trainer, makes its log-probabilities ELBOs. The subclasses are final.
+
+    Attributes:
+        _trl_module: module of the TRL trainer, where the seam is.
+        _config_class: configuration of the trainer.
+        _row_forms: columns that a row must have, in one of these ways.
+    """
+
+    _trl_module: ClassVar[str]
+    _config_class: ClassVar[type]
+    _row_forms: ClassVar[RowForms]
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ):
+        args = self._default_arguments(model) if args is None else args
+        check_arguments(args, self._config_class, compute_metrics)
+        check_models(model, ref_model, processing_class)
+        check_reference_of_adapters(model, ref_model, peft_config)
+        check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
+        if not isinstance(model, str):
+            self._check_model(model, processing_class)
+            ref_model = ref_model if ref_model is not None else reference_copy(model, args, peft_config)
+        self._sampler = args.mask_sampler()
+        self._diagnostics = ScoreDiagnostics(args.beta)
+        with adapter_precision(model, args.adapter_dtype), self._seam(), self._constructing(args):
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        cast_adapters(self.model, args.adapter_dtype)
+        if args.control_variate == "adaptive":
+            self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
+        require_elbo_head(*map(self.accelerator.unwrap_model, filter(None, (self.model, self.ref_model))))
+        self._remember_run()
+        self.add_callback(FiniteGradients())
+
+    def _default_arguments(self, model: Any) -> Any:
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        return self._config_class(f"{Path(name).name}-{self._name}")
+
+    def _constructing(self, args: Any) -> AbstractContextManager[None]:
+        """What a subclass has to arrange while TRL's constructor runs."""
+        return nullcontext()
+
+    # Constructor: called by TRL through the seam
+
+    def _seam(self) -> Any:
+        return seam(
+            self._trl_module,
+            create_model_from_path=self._load_model,
+            get_peft_model=fitting_get_peft_model(seam_function(self._trl_module, "get_peft_model")),
+            add_fused_lm_head=self._add_head,
+        )
+
+    def _load_model(self, path: str, **kwargs: Any) -> Any:
+        if kwargs.get("quantization_config") is not None:
+            kwargs.setdefault("dtype", "bfloat16")  # TRL's float32 would hold embeddings and head in four bytes
+        config = load_config(path, kwargs.get("trust_remote_code", False))
+        if config.model_type in FAMILIES:  # TRL looks for the architecture's name in transformers
+            kwargs["architecture"] = AutoModelForCausalLM
+        model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
+        self._check_model(model, None)
+        return model
+
+    def _check_model(self, model: Any, tokenizer: Any) -> None:
+        base = model.get_base_model() if is_peft_model(model) else model
+        self._model_config = base.config
+        keep_differentiable(base)
+        check_denoiser(base, resolve_mask_token_id(base.config, tokenizer))
+
+    def _add_head(self, model: Any, **_: Any) -> None:
+        mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
+        if resolve_mask_token_id(model.config, self._tokenizer) != mask_token_id:
+            raise ValueError(
+                f"The mask token of the model is {mask_token_id}, and its reference has {model.config.mask_token_id}. "
+                "The two have to be scored on the same input: use a reference of the same family and vocabulary."
+            )
+        check_same_vocabulary(self._model_config, model.config)
+        check_denoiser(model, mask_token_id)  # the reference may have come from elsewhere
+        obstacle = self._obstacle_to_immediate()
+        if self.args.elbo_gradient == "immediate":
+            refuse_immediate(obstacle)
+        head = ELBOHead(
+            sampler=self._draw,
+            mask_token_id=mask_token_id,
+            draws_per_forward=self.args.draws_per_forward,
+            elbo_gradient=self.args.elbo_gradient,
+            obstacle=obstacle,
+            announce=logger.info,
+            observer=self._diagnostics.observe,
+        )
+        add_elbo_head(model, head)
+
+    def _obstacle_to_immediate(self) -> str:
+        """Mixed precision and sharding may be asked for outside the arguments, by `accelerate launch`."""
+        if self.accelerator.scaler is not None:
+            return SCALED
+        return SHARDED if self.is_fsdp_enabled or is_deepspeed_zero3_enabled() else ""
+
+    # Data
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        tokenizer = self._tokenizer
+        check_tokenizer(tokenizer, self._model_config)
+        family = family_of(self._model_config)
+        if use_training_template(tokenizer, family):
+            logger.warning_once(
+                "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
+                "one that does so only with `add_generation_prompt=True`; the tokens are the same."
+            )
+        conversational = is_conversational(next(iter(dataset)))
+        if conversational:
+            check_template(dataset, tokenizer, dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, self._without_length_filter(args), dataset_name)
+        if conversational and args.append_eos:
+            dataset = append_eos(dataset, self._completion_columns, tokenizer.eos_token_id, dataset_name)
+        return drop_unusable_rows(
+            dataset,
+            self._completion_columns,
+            mask_token_id=resolve_mask_token_id(self._model_config, tokenizer),
+            ending_ids=ending_token_ids(tokenizer, family.end_of_turn),
+            max_length=args.max_length,
+            vocab_size=self._model_config.vocab_size,
+            name=dataset_name,
+        )
+
+    @staticmethod
+    def _without_length_filter(args: Any) -> Any:
+        """TRL drops prompts that fill `max_length` without a word; ours are counted."""
+        args = copy.copy(args)
+        args.max_length = None
+        return args
+
+    # Scoring
+
+    def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
+        """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
+        callback = self._callback(RunningKappaCallback)
+        kappa = callback.kappa.value if callback and nonce != FIXED_NONCE else None
+        return self._sampler(maskable, rows, attention_mask, nonce, kappa)
+
+    def _learn_kappa(self, outputs: list[ELBOHeadOutput], pairs: bool) -> None:
+        callback = self._callback(RunningKappaCallback)
+        if callback and self.model.training:
+            moments = self.accelerator.reduce(self._diagnostics.kappa_moments(outputs, pairs), reduction="sum")
+            callback.kappa.observe(*moments.tolist())
+
+    def _callback(self, kind: type[Callback]) -> Callback | None:
+        """The callback of a kind that keeps a running state; a resumed run has made a new one."""
+        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+        return found[0] if found else None
+
+    def _log_metrics(self, mode: str, metrics: dict[str, torch.Tensor]) -> None:
+        """Log means over all processes, of a number for each row or of one for the whole batch."""
+        for key, value in metrics.items():
+            self._metrics[mode][key].append(self.accelerator.gather(value).mean().item())
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        own = [name for name, dataset in named.items() if dataset is eval_dataset]
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None
+        elif own:
+            eval_dataset = own[0]
+        elif isinstance(eval_dataset, Dataset | IterableDataset):
+            check_dataset(eval_dataset, "eval", self._row_forms, self._reference_columns)
+        return super().evaluate(eval_dataset, **kwargs)
+
+    # Saving
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card, see [`~trl.DPOTrainer.create_model_card`]."""
+        if not self.is_world_process_zero():
+            return
+        base_model = getattr(self.model.config, "_name_or_path", "")
+        write_model_card(
+            Path(self.args.output_dir) / "README.md",
+            model_name=model_name or Path(self.args.output_dir).name,
+            hub_model_id=self.hub_model_id,
+            base_model=base_model if base_model and not Path(base_model).is_dir() else None,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            estimator=self.args.describe_estimator(),
+            trainer_name=self._name,
+            paper=self._paper,
+        )
