@@ -18,9 +18,10 @@ from test_trainers import make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from trl_diffusion import LLaDAConfig, estimate_memory
-from trl_diffusion.planning.memory import RESERVED, without_memory
+from trl_diffusion.planning.memory import RESERVED, largest_chunk, without_memory
 from trl_diffusion.scoring.adapters import keep_differentiable
-from trl_diffusion.scoring.head import ELBOHead, draws_per_chunk, largest_chunk
+from trl_diffusion.scoring.head import ELBOHead
+from trl_diffusion.scoring.responses import draws_per_chunk
 
 LLADA_8B = LLaDAConfig(mlp_hidden_size=12288)
 LENGTH, RESPONSE, RESPONSES = 96, 64, 2

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..scoring.adapters import with_fitting_targets
 from ..scoring.gradients import GRADIENT_MODES, choose_gradient_mode
-from ..scoring.head import draws_per_chunk, largest_chunk
+from ..scoring.responses import TOKENS_PER_FORWARD, draws_per_chunk
 from .memory_parts import Block, Weights, head_bytes
 
 # What a device holds besides: the driver's context, cuBLAS workspaces, gaps between blocks
@@ -181,6 +181,13 @@ def without_memory(config: PreTrainedConfig, dtype: str, peft_config: Any) -> to
             return model
         # A copy: PEFT writes the model's name into it
         return get_peft_model(model, with_fitting_targets(model, copy.deepcopy(peft_config)))
+
+
+def largest_chunk(longest: int, num_mc_samples: int, draws_per_forward: int | None) -> int:
+    """Tokens of the largest chunk that responses of up to `longest` tokens make; shorter ones may fill the budget."""
+    if draws_per_forward is not None:
+        return min(draws_per_forward, num_mc_samples) * longest
+    return max(longest, min(TOKENS_PER_FORWARD, num_mc_samples * longest))
 
 
 def shortage(estimate: MemoryEstimate, available: int, remedies: list[str]) -> str | None:

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .responses import Chunk
+
 GRADIENT_MODES = ("auto", "immediate", "checkpoint", "graph")
 
-Score = Callable[[torch.Tensor], torch.Tensor]
+Score = Callable[[Chunk], torch.Tensor]
 Gradient = tuple[torch.Tensor | None, ...]  # by weight; none where the score does not depend on it
 
 
@@ -78,31 +80,30 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def score_with_graph(score: Score, chunks: Sequence[torch.Tensor], mode: str) -> torch.Tensor:
-    """`(K, T)` log-probabilities of one response from `score` of each chunk of its masks, attached to the graph."""
+def score_with_graph(score: Score, chunks: Sequence[Chunk], mode: str) -> torch.Tensor:
+    """`(K, T)` log-probabilities of one response from `score` of each chunk of its draws, attached to the graph."""
     if mode == "checkpoint" and torch.is_grad_enabled():
         return torch.cat([checkpoint(score, chunk, use_reentrant=False) for chunk in chunks])
     return torch.cat([score(chunk) for chunk in chunks])
 
 
 def score_with_gradient(
-    score: Score, chunks: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], parameters: list[torch.nn.Parameter]
+    score: Score, chunks: Sequence[Chunk], parameters: list[torch.nn.Parameter]
 ) -> tuple[torch.Tensor, Gradient]:
     """
     The same, detached, and the gradient of the response's ELBO.
 
     Args:
-        score: `(k, T)` masks to `(k, T)` log-probabilities.
-        chunks: masks.
-        weights: of the log-probabilities in the ELBO, chunk by chunk.
+        score: a chunk of draws to `(k, T)` log-probabilities.
+        chunks: of draws.
         parameters: what to differentiate by.
     """
     total: list[torch.Tensor | None] = [None] * len(parameters)
     log_probs = []
-    for chunk, weight in zip(chunks, weights, strict=True):
+    for chunk in chunks:
         with torch.enable_grad():
             scored = score(chunk)
-            elbo = (scored * weight).sum()
+            elbo = (scored * chunk.weight).sum()
         # Not kept in a variable: it would be there during the next chunk
         for i, gradient in enumerate(torch.autograd.grad(elbo, parameters, allow_unused=True)):
             total[i] = _add(total[i], gradient)

@@ -12,7 +12,7 @@ All K forwards happen inside one call of the wrapped model, so DDP and FSDP see 
 """
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import Any
@@ -33,11 +33,11 @@ from .gradients import (
     score_with_graph,
     trainable_parameters,
 )
+from .responses import Chunk, cut, place
 
 # The draws of precomputed reference values and of evaluation. Training steps count from one.
 FIXED_NONCE = 0
 VOCABULARY_TILE = 32768  # columns of the output head that are multiplied together
-_TOKENS_PER_FORWARD = 1024
 
 
 @dataclass
@@ -116,18 +116,16 @@ class ELBOHead:
 
     def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
         mode = self._gradient_mode(model)
-        responses = [
-            self._response(model, *row)
-            for row in zip(input_ids, real, draws.masked.unbind(1), draws.weight.unbind(1), strict=True)
-        ]
+        responses = cut(input_ids, real, draws, self.draws_per_forward)
+        scores = [partial(_score_draws, model, response.ids, self.mask_token_id) for response in responses]
+        chunks = [response.chunks for response in responses]
         if mode != "immediate":
-            return weigh(_place([score_with_graph(score, masks, mode) for score, masks, _ in responses], real), draws)
+            scored = [score_with_graph(*each, mode) for each in zip(scores, chunks, strict=True)]
+            return weigh(place(scored, responses, input_ids.shape[1]), draws)
         parameters = trainable_parameters(model)  # of this step: a callback may have frozen or freed some
-        scored, gradients = zip(
-            *(score_with_gradient(score, masks, weights, parameters) for score, masks, weights in responses),
-            strict=True,
-        )
-        elbo = weigh(_place(scored, real), draws)
+        known = [score_with_gradient(*each, parameters) for each in zip(scores, chunks, strict=True)]
+        elbo = weigh(place([log_probs for log_probs, _ in known], responses, input_ids.shape[1]), draws)
+        gradients = [gradient for _, gradient in known]
         return replace(elbo, terms=carry_gradients(elbo.terms, maskable, gradients, parameters))
 
     def _gradient_mode(self, model) -> str:
@@ -140,24 +138,6 @@ class ELBOHead:
             if self.elbo_gradient == "auto" and self.announce is not None:
                 self.announce(f"`elbo_gradient='auto'` is {mode!r} here: {reason}.")
         return self._chosen[model]
-
-    def _response(self, model, ids, real, masked, weight):
-        """How one response of exact length T is scored: a function of masks `(k, T)`; masks and weights by chunk."""
-        size = draws_per_chunk(int(real.sum()), self.draws_per_forward)
-        score = partial(_score_draws, model, ids[real], mask_token_id=self.mask_token_id)
-        return score, masked[:, real].split(size), weight[:, real].split(size)
-
-
-def draws_per_chunk(length: int, draws_per_forward: int | None) -> int:
-    """How many draws of a response of `length` tokens run together."""
-    return draws_per_forward or max(1, _TOKENS_PER_FORWARD // length)
-
-
-def largest_chunk(longest: int, num_mc_samples: int, draws_per_forward: int | None) -> int:
-    """Tokens of the largest chunk that responses of up to `longest` tokens make; shorter ones may fill the budget."""
-    if draws_per_forward is not None:
-        return min(draws_per_forward, num_mc_samples) * longest
-    return max(longest, min(_TOKENS_PER_FORWARD, num_mc_samples * longest))
 
 
 def add_elbo_head(model: PreTrainedModel, head: ELBOHead) -> None:
@@ -190,12 +170,21 @@ def has_elbo_head(model: Any) -> bool:
     return hasattr(getattr(model.__dict__.get("forward"), "__func__", None), "elbo_head")
 
 
-def _score_draws(model, ids, masked, *, mask_token_id):
-    """One forward of `(k, T)` corrupted copies of one sequence; log-probabilities of the masked tokens, 0 elsewhere."""
-    hidden = model.base_model(input_ids=noise_inputs(ids, masked, mask_token_id), use_cache=False).last_hidden_state
-    predicting = masked
-    if family_of(model.config).logit_shift:  # position i - 1 predicts token i
-        predicting = masked.roll(-1, dims=-1)
+def _score_draws(model: PreTrainedModel, ids: torch.Tensor, mask_token_id: int, chunk: Chunk) -> torch.Tensor:
+    """One forward of `k` corrupted copies of one sequence: `(k, T)` log-probabilities of masked tokens, 0 elsewhere."""
+    noised = noise_inputs(ids, chunk.masked, mask_token_id)
+    hidden = model.base_model(input_ids=noised, use_cache=False).last_hidden_state
+    places = chunk.positions % len(ids)
+    # Where the logits of a token stand: with a shift of one at the token before it, in the same row
+    predicting = chunk.positions - places + (places - family_of(model.config).logit_shift).clamp(min=0)
+    log_probs = token_log_probs(model, hidden.flatten(0, 1), predicting, ids[places])
+    return log_probs.new_zeros(noised.numel()).index_copy(0, chunk.positions, log_probs).view(noised.shape)
+
+
+def token_log_probs(
+    model: PreTrainedModel, hidden: torch.Tensor, predicting: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """`(n,)` log-probabilities of `targets` from the rows `predicting` of `hidden`: no logits of a batch are built."""
     output_head = model.get_output_embeddings()
     if isinstance(output_head, FSDPModule):
         # Sharded on its own, and gathered by FSDP2 when it is called, which it is not: only its weight is used. A
@@ -203,22 +192,11 @@ def _score_draws(model, ids, masked, *, mask_token_id):
         output_head.unshard()
     weight, bias = output_head.weight, output_head.bias
     hidden = hidden.to(weight.device)[predicting.to(weight.device)]
-    targets = ids.expand(masked.shape)[masked].to(weight.device)
     with maybe_gather_lm_head_ctx(weight, bias):
         log_probs = ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, 1.0, min(VOCABULARY_TILE, weight.shape[0]), None, 1.0, ()
+            hidden, weight, bias, targets.to(weight.device), 1.0, min(VOCABULARY_TILE, weight.shape[0]), None, 1.0, ()
         )[0]
-    log_probs = log_probs.to(masked.device)
-    return log_probs.new_zeros(masked.shape).masked_scatter(masked, log_probs)
-
-
-def _place(scored: Sequence[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
-    """Put `(K, T)` scores of each row's real tokens to their places in `(K, B, L)`."""
-    placed = [
-        scores.new_zeros(scores.shape[0], row.shape[0]).masked_scatter(row.expand(scores.shape[0], -1), scores)
-        for scores, row in zip(scored, real, strict=True)
-    ]
-    return torch.stack(placed, dim=1)
+    return log_probs.to(targets.device)
 
 
 def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
