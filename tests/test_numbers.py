@@ -103,7 +103,7 @@ def test_the_most_extreme_level_is_finite(monkeypatch, scheme, level):
         return torch.full(bits.shape, level, dtype=torch.float64)
 
     for module in ("draws", "schemes"):
-        monkeypatch.setattr(f"trl_diffusion.{module}.uniform", constant)
+        monkeypatch.setattr(f"trl_diffusion.estimators.{module}.uniform", constant)
     draws = draw_masks(torch.ones(2, 5, dtype=torch.bool), 4, scheme)
     assert torch.isfinite(draws.weight).all()
     assert (draws.weight <= 2.0**53).all() and (draws.weight[draws.masked] > 0).all()
