@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, LLaDAConfig, LLaDAModelLM
+from trl_diffusion.planning.fit import estimate_run
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 768
 PUBLISHED = {"mlp_hidden_size": 12288}  # all else are the defaults of LLaDAConfig
@@ -155,7 +156,7 @@ def measure(checkpoint: Path, options: dict, args) -> dict:
         ),
         peft_config=LoraConfig(r=16, lora_alpha=32),
     )
-    estimate = trainer._estimate_memory()
+    estimate = estimate_run(trainer)
     counter = contextlib.nullcontext() if torch.cuda.is_available() else LiveBytes()
     with counter:
         trainer.train()

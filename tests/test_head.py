@@ -4,15 +4,20 @@ The ELBO head against the plain definition, and what it costs: counted, not time
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import make_model
 from counters import HidesEverything, LiveBytes, matmul_flops
+from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_diffusion import MaskSampler, elbo
 from trl_diffusion.models.family import FAMILIES, Family
-from trl_diffusion.scoring.head import ELBOHead, add_elbo_head, has_elbo_head
+from trl_diffusion.scoring.head import ELBOHead, add_elbo_head, on_draws
 
 
 def make_batch(lengths=(9, 14, 11), prompt=3, left=False, vocab=29, seed=0):
@@ -93,9 +98,7 @@ def test_logit_shift(model, monkeypatch):
 def test_forward_answers_both_ways(model):
     batch = make_batch()
     plain = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    assert not has_elbo_head(model)
     add_elbo_head(model, ELBOHead(MaskSampler(5), mask_token_id=2))
-    assert has_elbo_head(model)
     patched = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], draw_nonce=3).logits
     assert torch.equal(patched, plain)
     assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, plain)
@@ -106,7 +109,6 @@ def test_forward_answers_both_ways(model):
 def test_a_copy_runs_its_own_weights(model):
     batch = make_batch()
     add_elbo_head(model, ELBOHead(MaskSampler(5), mask_token_id=2))
-    add_elbo_head(model, ELBOHead(MaskSampler(5), mask_token_id=2))  # again, as a second trainer would
     twin = copy.deepcopy(model)
     twin.load_state_dict(make_model(seed=5).state_dict())
     inputs = {"input_ids": batch["input_ids"]}
@@ -114,6 +116,70 @@ def test_a_copy_runs_its_own_weights(model):
     assert torch.equal(
         twin(**batch, fused_lm_head=True, draw_nonce=1).elbo.samples, scored(make_model(seed=5), batch).elbo.samples
     )
+
+
+def wrapped_as(wrapping, model):
+    """The model as other libraries hand it on: each hides its own forward, and none says so in the same way."""
+    if wrapping == "accelerate, bf16":
+        return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    if wrapping == "PEFT":
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    if wrapping == "hooks":
+        add_hook_to_module(model, ModelHook())
+    return model
+
+
+@pytest.mark.parametrize("wrapping", ["none", "accelerate, bf16", "PEFT", "hooks"])
+def test_the_answer_comes_through_what_wraps_the_model(model, wrapping):
+    """And is that of the head that was added last, whether the first one was wrapped or not."""
+    batch = make_batch()
+    add_elbo_head(model, ELBOHead(MaskSampler(2), mask_token_id=2))
+    model = wrapped_as(wrapping, model)
+    answer = on_draws(model, 1)(**batch, fused_lm_head=True)
+    precision = {"rtol": 2**-6, "atol": 0} if "bf16" in wrapping else {}
+    torch.testing.assert_close(answer.elbo.value, scored(make_model(), batch, MaskSampler(2)).elbo.value, **precision)
+    base = model.get_base_model() if wrapping == "PEFT" else model
+    add_elbo_head(base, ELBOHead(MaskSampler(5), mask_token_id=2))
+    assert on_draws(model, 1)(**batch, fused_lm_head=True).elbo.samples.shape[0] == 5
+    assert model(input_ids=batch["input_ids"]).logits.shape[-1] == 30
+
+
+def test_a_head_that_was_replaced_is_not_kept(model):
+    """It would keep the trainer that it came from, and its optimiser, in memory."""
+    sampler = MaskSampler(5)
+    gone = weakref.ref(sampler)
+    add_elbo_head(model, ELBOHead(sampler, mask_token_id=2))
+    add_elbo_head(model, ELBOHead(MaskSampler(5), mask_token_id=2))
+    del sampler
+    gc.collect()
+    assert gone() is None
+
+
+class Rounding(torch.nn.Module):
+    """What FSDP2's mixed precision does to the outputs of what it wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        output = self.model(*args, **kwargs)
+        output.log_probs = output.log_probs.bfloat16()
+        return output
+
+
+def test_an_answer_from_elsewhere_or_rounded_is_refused(model):
+    batch = make_batch()
+    add_fused_lm_head(model)  # TRL's own head, which would score the text as a causal model does
+    swallowing = torch.nn.Module()
+    swallowing.forward = lambda draw_nonce, **kwargs: model(**kwargs)
+    with pytest.raises(RuntimeError, match="answered a request for an ELBO with a `FusedCausalLMOutput`"):
+        on_draws(swallowing, 1)(**batch, fused_lm_head=True)
+    model = make_model()
+    add_elbo_head(model, ELBOHead(MaskSampler(5), mask_token_id=2))
+    assert on_draws(model, 1)(**batch, fused_lm_head=True).log_probs.dtype == torch.float32
+    with pytest.raises(RuntimeError, match="`Rounding` answers in float32, and torch.bfloat16 arrived.*output_dtype"):
+        on_draws(Rounding(model), 1)(**batch, fused_lm_head=True)
 
 
 def test_response_at_position_zero_is_refused(model):

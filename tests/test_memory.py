@@ -18,6 +18,8 @@ from test_trainers import make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config
 
 from trl_diffusion import LLaDAConfig, estimate_memory
+from trl_diffusion.planning import fit
+from trl_diffusion.planning.fit import device_memory, estimate_run, warn_of_memory
 from trl_diffusion.planning.memory import RESERVED, largest_chunk, without_memory
 from trl_diffusion.scoring.adapters import keep_differentiable
 from trl_diffusion.scoring.head import ELBOHead
@@ -241,13 +243,13 @@ def test_refusals(options, message):
 )
 def test_a_run_that_will_not_fit_is_warned_of_once(tmp_path, monkeypatch, caplog, make, options, named, unnamed):
     trainer = make(tmp_path, peft_config=LoraConfig(r=4), max_steps=1, **options)
-    estimate = trainer._estimate_memory()
+    estimate = estimate_run(trainer)
     for available, warned in ((10**9 + estimate.total, False), (10**9 + estimate.total - 1, True)):
         caplog.clear()
-        monkeypatch.setattr(trainer, "_device_memory", lambda available=available: available)
+        monkeypatch.setattr(fit, "device_memory", lambda _, available=available: available)
         with caplog.at_level(logging.WARNING, logger="trl_diffusion"):
             trainer.train()
-            trainer._warn_of_memory()
+            warn_of_memory(trainer)
         messages = [record.getMessage() for record in caplog.records if "estimated to need" in record.getMessage()]
         assert len(messages) == warned
     before_the_table = messages[0].splitlines()[0]
@@ -268,8 +270,8 @@ def test_the_estimate_of_a_run_is_that_of_its_longest_example(tmp_path):
         gradient_checkpointing=False,
         device="cpu",
     )
-    assert trainer._estimate_memory() == expected
-    assert trainer._device_memory() is None  # on a CPU nothing is said
+    assert estimate_run(trainer) == expected
+    assert device_memory(trainer) is None  # on a CPU nothing is said
 
 
 # The documents

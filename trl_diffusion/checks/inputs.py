@@ -6,7 +6,6 @@ TRL finds the same faults later, as a `KeyError` in the middle of a map or an in
 
 import json
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -16,7 +15,6 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.denoiser import resolve_mask_token_id
-from ..scoring.head import has_elbo_head
 
 _BATCH = 1000  # rows looked at together
 _TEXTS = ("prompt", "chosen", "rejected", "completion")
@@ -86,12 +84,15 @@ def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
         ) from error
 
 
-def check_same_vocabulary(config: Any, other: Any) -> None:
-    """Refuse a reference that cannot be scored on the policy's input."""
+def check_same_vocabulary(config: Any, other: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a reference, of the configuration `other`, that cannot be scored on the policy's input."""
+    cure = "The two have to be scored on the same input: use a reference of the same family and vocabulary."
+    masks = [resolve_mask_token_id(each, tokenizer) for each in (config, other)]
+    if masks[0] != masks[1]:
+        raise ValueError(f"The mask token of the model is {masks[0]}, and its reference has {masks[1]}. {cure}")
     if other.vocab_size != config.vocab_size:
         raise ValueError(
-            f"The model's vocabulary has {config.vocab_size} tokens and its reference's has {other.vocab_size}. The "
-            "two have to be scored on the same input: use a reference of the same family and vocabulary."
+            f"The model's vocabulary has {config.vocab_size} tokens and its reference's has {other.vocab_size}. {cure}"
         )
 
 
@@ -108,15 +109,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
             )
 
 
-def require_elbo_head(*models: Any) -> None:
-    """Refuse a model that TRL has not given its head, and would score as a causal one."""
-    for model in models:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        if not has_elbo_head(base):
-            raise RuntimeError(
-                f"`{type(base).__name__}` was not given its ELBO head by trl {version('trl')}, and would be scored as "
-                "a causal model. The seam described in trl_diffusion/_trl.py has moved: install a supported version."
-            )
+def require_trainable(model: Any) -> None:
+    """Refuse to train a model of which no weight would change."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. Pass a "
+            "`peft_config`, load the adapter with `is_trainable=True`, or call `model.requires_grad_(True)`."
+        )
 
 
 # Datasets

@@ -2,39 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from ..estimators.elbo import NonFiniteError
 
-if TYPE_CHECKING:  # what the mixin is put in front of
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
 _SHOWN = 160  # characters of an example in a message
 
 
-class NamingMixin(_Trainer):
-    """Put in front of a TRL trainer, adds the text of the example to a [`NonFiniteError`], which knows its row only."""
-
-    _tokenizer: Any
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of a batch, see [`~transformers.Trainer.compute_loss`]."""
-        with _naming_the_example(inputs, self._tokenizer):
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]."""
-        with _naming_the_example(inputs, self._tokenizer):
-            return super().compute_ref_log_probs(model, inputs)
-
-
 @contextmanager
-def _naming_the_example(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+def naming_the_example(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Add the text of the example to a [`NonFiniteError`] raised inside the block, which knows its row only."""
     try:
         yield
     except NonFiniteError as error:

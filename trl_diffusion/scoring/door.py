@@ -8,11 +8,10 @@ constructor. tests/test_trl_contract.py holds TRL to what is said here.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from unittest import mock
 
 from packaging.version import Version
 
@@ -55,6 +54,7 @@ __all__ = [
     "KTOConfig",
     "KTOTrainer",
     "ModelConfig",
+    "check_asked_for",
     "get_dataset",
     "hash_module",
     "is_conversational",
@@ -78,10 +78,35 @@ def seam(trainer_module: str, **replacements: Any) -> Iterator[None]:
     reference and score the dataset with it. Ours have to stand at exactly these places.
 
     Raises:
-        AttributeError: TRL no longer looks that name up there.
+        AttributeError: that is not a name of the seam, or TRL no longer has it there.
     """
     unknown = set(replacements) - set(SEAM_NAMES)
     if unknown:
         raise AttributeError(f"Not a name of the seam: {sorted(unknown)}.")
-    with mock.patch.multiple(importlib.import_module(trainer_module), **replacements):
+    module = importlib.import_module(trainer_module)
+    originals = {name: getattr(module, name) for name in replacements}
+    try:
+        vars(module).update(replacements)
         yield
+    finally:
+        vars(module).update(originals)
+
+
+def check_asked_for(model: Any, asked_for: Sequence[Any]) -> None:
+    """
+    Refuse a model for whose head TRL has not asked through the seam, and which it would score as a causal one.
+
+    Args:
+        model: as it stands in the trainer, whatever wraps it.
+        asked_for: what `add_fused_lm_head` was called with.
+
+    Raises:
+        RuntimeError: none of these is the model or a part of it.
+    """
+    parts = set(map(id, model.modules()))
+    if not any(id(module) in parts for module in asked_for):
+        raise RuntimeError(
+            f"trl {version('trl')} has not asked for the ELBO head of the `{type(model).__name__}`, and would score it "
+            "as a causal model. The seam described in trl_diffusion/scoring/door.py has moved: install a supported "
+            "version, `pip install 'trl>=1.16,<1.17'`."
+        )

@@ -144,30 +144,63 @@ def add_elbo_head(model: PreTrainedModel, head: ELBOHead) -> None:
     """
     Patch `model.forward` so that `model(..., labels=labels, fused_lm_head=True)` returns an [`ELBOHeadOutput`].
 
-    Without `fused_lm_head` the forward is the original one. Add the head before accelerate wraps the model.
+    Without `fused_lm_head` the forward is the original one. Add the head before accelerate wraps the model. A second
+    head takes the place of the first.
     """
+    bound = model.forward
     # A function of the model, not a bound method: a copy of the model has to run its own weights. The exception is a
     # forward that hooks have closed over, accelerate's for instance.
-    patched = model.__dict__.get("forward")
-    original_forward = type(model).forward
-    if patched is not None and not has_elbo_head(model):
-        bound = patched
-        original_forward = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
+    plain = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
+    plain = getattr(plain, "without_elbo_head", plain)  # or the first head would keep its trainer in memory
 
     # Keeps the model's own signature, which `generate` and the Trainer read
     @wraps(type(model).forward)
     def forward(self, *args, fused_lm_head=False, draw_nonce=FIXED_NONCE, **kwargs):
         if not fused_lm_head:
-            return original_forward(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         return head(self, kwargs["input_ids"], kwargs["labels"], kwargs.get("attention_mask"), draw_nonce)
 
-    forward.elbo_head = head  # type: ignore[attr-defined]
+    forward.without_elbo_head = plain  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
-def has_elbo_head(model: Any) -> bool:
-    """Whether [`add_elbo_head`] was applied to this very model."""
-    return hasattr(getattr(model.__dict__.get("forward"), "__func__", None), "elbo_head")
+def on_draws(model: Callable[..., Any], nonce: int) -> Callable[..., Any]:
+    """
+    What TRL is given in the place of a model: asks it, through whatever wraps it, for its score on named draws.
+
+    Every answer is looked at, whichever way it took: an ELBO in full precision, or an error.
+
+    Args:
+        model: a model with an ELBO head, wrapped or not.
+        nonce: names the draws.
+
+    Returns:
+        What is called like the model, and raises `RuntimeError` if the answer comes from elsewhere than an ELBO head,
+        or if a wrapper has rounded it.
+    """
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        answer = model(*args, draw_nonce=nonce, **kwargs)
+        if kwargs.get("fused_lm_head"):
+            _check_answer(answer, type(model).__name__)
+        return answer
+
+    return ask
+
+
+def _check_answer(answer: Any, name: str) -> None:
+    if not isinstance(answer, ELBOHeadOutput):
+        raise RuntimeError(
+            f"`{name}` answered a request for an ELBO with a `{type(answer).__name__}`: its ELBO head was not asked, "
+            "and it would be scored as a causal model. Its `forward` was replaced after the trainer was made; leave it "
+            "as it is, or make the trainer last."
+        )
+    if torch.finfo(answer.log_probs.dtype).bits < 32:
+        raise RuntimeError(
+            f"The ELBO head of `{name}` answers in float32, and {answer.log_probs.dtype} arrived: what wraps the model "
+            "rounds its outputs, and sums of a thousand nats would be off by several. Let it return float32 (for "
+            "FSDP2, `MixedPrecisionPolicy(output_dtype=torch.float32)`)."
+        )
 
 
 def _score_draws(model: PreTrainedModel, ids: torch.Tensor, mask_token_id: int, chunk: Chunk) -> torch.Tensor:

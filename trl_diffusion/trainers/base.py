@@ -6,8 +6,7 @@ reach it (`_prepare_dataset`), which draws the policy and the reference meet (`r
 adapters, checkpoints and the loop are TRL's own.
 """
 
-import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -28,14 +27,14 @@ from ..checks.inputs import (
     check_template,
     check_tokenizer,
     load_config,
-    require_elbo_head,
+    require_trainable,
 )
-from ..checks.numbers import FiniteGradients, NamingMixin
+from ..checks.numbers import FiniteGradients, naming_the_example
 from ..estimators.draws import MaskDraws
 from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.family import FAMILIES, family_of
-from ..planning.fit import MemoryCheckMixin
+from ..planning.fit import warn_of_memory
 from ..scoring.adapters import (
     adapter_precision,
     cast_adapters,
@@ -44,21 +43,22 @@ from ..scoring.adapters import (
     keep_differentiable,
     reference_copy,
 )
-from ..scoring.door import is_conversational, seam, seam_function
+from ..scoring.door import check_asked_for, is_conversational, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
 from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
-from .data import append_eos, drop_unusable_rows, ending_token_ids
+from .data import append_eos, drop_unusable_rows, ending_token_ids, without_length_filter
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
+from .record import RunRecord, make_record
 from .reference import ReferenceMixin
-from .resume import ResumingMixin
+from .resume import checkpoint_to_resume, explaining_a_failed_save
 from .running import RunningKappaCallback
 
 logger = get_logger(__name__)
 Callback = TypeVar("Callback")
 
 
-class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMixin):
+class ELBOTrainerMixin(ReferenceMixin):
     """
     Put in front of a TRL trainer, makes its log-probabilities ELBOs. The subclasses are final.
 
@@ -66,11 +66,17 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
         _trl_module: module of the TRL trainer, where the seam is.
         _config_class: configuration of the trainer.
         _row_forms: columns that a row must have, in one of these ways.
+        _completion_columns: columns of completion ids that TRL's tokenisation makes.
+        _responses_per_row: responses of a row that are trained on.
+        _paper: title, id and citation of the method.
     """
 
     _trl_module: ClassVar[str]
     _config_class: ClassVar[type]
     _row_forms: ClassVar[RowForms]
+    _completion_columns: ClassVar[tuple[str, ...]]
+    _responses_per_row: ClassVar[int]
+    _paper: ClassVar[dict[str, str]]
 
     def __init__(
         self,
@@ -92,49 +98,54 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
         check_models(model, ref_model, processing_class)
         check_reference_of_adapters(model, ref_model, peft_config)
         check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
-        if not isinstance(model, str):
-            self._check_model(model, processing_class)
-            ref_model = ref_model if ref_model is not None else reference_copy(model, args, peft_config)
-        self._sampler = args.mask_sampler()
-        self._diagnostics = ScoreDiagnostics(args.beta)
-        with adapter_precision(model, args.adapter_dtype), self._seam(), self._constructing(args):
+        ref_model = self._before_trl(model, ref_model, args, processing_class, peft_config)
+        with self._inside_trl(), adapter_precision(model, args.adapter_dtype):
             super().__init__(
-                model,
-                ref_model,
-                args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
+                *(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class),
                 callbacks=callbacks,
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        cast_adapters(self.model, args.adapter_dtype)
-        if args.control_variate == "adaptive":
-            self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
-        require_elbo_head(*map(self.accelerator.unwrap_model, filter(None, (self.model, self.ref_model))))
-        self._remember_run()
-        self.add_callback(FiniteGradients())
+        self._after_trl()
 
     def _default_arguments(self, model: Any) -> Any:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
         return self._config_class(f"{Path(name).name}-{self._name}")
 
-    def _constructing(self, args: Any) -> AbstractContextManager[None]:
-        """What a subclass has to arrange while TRL's constructor runs."""
-        return nullcontext()
+    # Construction: before, inside and after TRL's constructor
 
-    # Constructor: called by TRL through the seam
+    def _before_trl(self, model: Any, ref_model: Any, args: Any, tokenizer: Any, peft_config: Any) -> Any:
+        """What TRL's constructor will meet: draws, diagnostics, and the reference of a model in memory."""
+        self._sampler = args.mask_sampler()
+        self._diagnostics = ScoreDiagnostics(args.beta)
+        self._headed: list[torch.nn.Module] = []
+        if isinstance(model, str):  # checked when it is loaded
+            return ref_model
+        self._accept(model, tokenizer)
+        return ref_model if ref_model is not None else reference_copy(model, args, peft_config)
 
-    def _seam(self) -> Any:
+    def _inside_trl(self) -> AbstractContextManager[None]:
+        """Three steps of TRL's constructor are ours: the model from its path, its adapter, its head."""
         return seam(
             self._trl_module,
             create_model_from_path=self._load_model,
             get_peft_model=fitting_get_peft_model(seam_function(self._trl_module, "get_peft_model")),
             add_fused_lm_head=self._add_head,
         )
+
+    def _after_trl(self) -> None:
+        """A trainer that is complete: checked, and with the callbacks that watch its run."""
+        for model in filter(None, (self.model, self.ref_model)):
+            check_asked_for(model, self._headed)
+        cast_adapters(self.model, self.args.adapter_dtype)
+        if self.args.control_variate == "adaptive":
+            self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
+        self._run_record = make_record(self)
+        self.add_callback(RunRecord(self._run_record))
+        self.add_callback(FiniteGradients())
+
+    # Called by TRL's constructor
 
     def _load_model(self, path: str, **kwargs: Any) -> Any:
         if kwargs.get("quantization_config") is not None:
@@ -143,24 +154,21 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
         if config.model_type in FAMILIES:  # TRL looks for the architecture's name in transformers
             kwargs["architecture"] = AutoModelForCausalLM
         model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
-        self._check_model(model, None)
+        self._accept(model, None)
         return model
 
-    def _check_model(self, model: Any, tokenizer: Any) -> None:
+    def _accept(self, model: Any, tokenizer: Any) -> None:
+        """Refuse what is not a denoiser, and remember the configuration that draws and data go by."""
         base = model.get_base_model() if is_peft_model(model) else model
         self._model_config = base.config
         keep_differentiable(base)
         check_denoiser(base, resolve_mask_token_id(base.config, tokenizer))
 
     def _add_head(self, model: Any, **_: Any) -> None:
+        """The head of the policy or of its reference, which may have come from elsewhere."""
         mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
-        if resolve_mask_token_id(model.config, self._tokenizer) != mask_token_id:
-            raise ValueError(
-                f"The mask token of the model is {mask_token_id}, and its reference has {model.config.mask_token_id}. "
-                "The two have to be scored on the same input: use a reference of the same family and vocabulary."
-            )
-        check_same_vocabulary(self._model_config, model.config)
-        check_denoiser(model, mask_token_id)  # the reference may have come from elsewhere
+        check_same_vocabulary(self._model_config, model.config, self._tokenizer)
+        check_denoiser(model, mask_token_id)
         obstacle = self._obstacle_to_immediate()
         if self.args.elbo_gradient == "immediate":
             refuse_immediate(obstacle)
@@ -174,6 +182,7 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
             observer=self._diagnostics.observe,
         )
         add_elbo_head(model, head)
+        self._headed.append(model)
 
     def _obstacle_to_immediate(self) -> str:
         """Mixed precision and sharding may be asked for outside the arguments, by `accelerate launch`."""
@@ -195,7 +204,7 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
         conversational = is_conversational(next(iter(dataset)))
         if conversational:
             check_template(dataset, tokenizer, dataset_name)
-        dataset = super()._prepare_dataset(dataset, processing_class, self._without_length_filter(args), dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), dataset_name)
         if conversational and args.append_eos:
             dataset = append_eos(dataset, self._completion_columns, tokenizer.eos_token_id, dataset_name)
         return drop_unusable_rows(
@@ -208,14 +217,29 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
             name=dataset_name,
         )
 
-    @staticmethod
-    def _without_length_filter(args: Any) -> Any:
-        """TRL drops prompts that fill `max_length` without a word; ours are counted."""
-        args = copy.copy(args)
-        args.max_length = None
-        return args
+    # The run
 
-    # Scoring
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train, see [`~transformers.Trainer.train`]; warns first if it is not expected to fit on the device.
+
+        `resume_from_checkpoint=True` picks the last whole checkpoint. A broken one is refused, and so is one of a run
+        with other data, another objective or another order of the rows; other draws are warned of.
+        """
+        require_trainable(self.model)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, self._run_record)
+        warn_of_memory(self)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss of a batch, see [`~transformers.Trainer.compute_loss`]."""
+        with naming_the_example(inputs, self._tokenizer):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]."""
+        with naming_the_example(inputs, self._tokenizer):
+            return super().compute_ref_log_probs(model, inputs)
 
     def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
         """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
@@ -253,21 +277,13 @@ class ELBOTrainerMixin(ResumingMixin, NamingMixin, ReferenceMixin, MemoryCheckMi
 
     # Saving
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with explaining_a_failed_save(self.state.global_step, self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the model card, see [`~trl.DPOTrainer.create_model_card`]."""
-        if not self.is_world_process_zero():
-            return
-        base_model = getattr(self.model.config, "_name_or_path", "")
-        write_model_card(
-            Path(self.args.output_dir) / "README.md",
-            model_name=model_name or Path(self.args.output_dir).name,
-            hub_model_id=self.hub_model_id,
-            base_model=base_model if base_model and not Path(base_model).is_dir() else None,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-            estimator=self.args.describe_estimator(),
-            trainer_name=self._name,
-            paper=self._paper,
-        )
+        if self.is_world_process_zero():
+            write_model_card(self, model_name, dataset_name, tags)

@@ -5,6 +5,7 @@ TRL gives `prompt_ids` and one or more columns of completion ids. A completion l
 without its end, a mask token inside the data would be taken for noise: such rows are dropped, and counted.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,13 @@ _REASONS = {
     "longer than max_length": "prompt and completion exceed `max_length`; raise it",
     "mask token": "the text contains the mask token, which would be taken for noise",
 }
+
+
+def without_length_filter(args: Any) -> Any:
+    """The arguments for TRL, which drops prompts that fill `max_length` without a word; ours are counted."""
+    args = copy.copy(args)
+    args.max_length = None
+    return args
 
 
 def append_eos(dataset: Dataset | IterableDataset, columns: Sequence[str], eos_token_id: int, name: str = "") -> Any:

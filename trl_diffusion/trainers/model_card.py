@@ -9,31 +9,22 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 def write_model_card(
-    path: Path,
-    *,
-    model_name: str,
-    hub_model_id: str | None,
-    base_model: str | None,
-    dataset_name: str | None,
-    tags: list[str],
-    estimator: str,
-    trainer_name: str,
-    paper: dict[str, Any],
+    trainer: Any, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
 ) -> None:
     """
-    Write `README.md` for a checkpoint.
+    Write `README.md` for a checkpoint into the trainer's output folder.
 
     Args:
-        path: of the file.
-        model_name: title of the card.
-        hub_model_id: where the model will be, for the snippet; `model_name` if there is no such place.
-        base_model: model it was trained from, if that has a name on the hub.
-        dataset_name: data it was trained on, likewise.
-        tags: of the card.
-        estimator: the estimator of the ELBO, in words.
-        trainer_name: name of the method.
-        paper: its `title`, `id` and `citation`.
+        trainer: one of this package's.
+        model_name: title of the card; the folder's name if there is none.
+        dataset_name: data it was trained on, if that has a name on the hub.
+        tags: of the card, besides the trainer's.
     """
+    folder = Path(trainer.args.output_dir)
+    model_name = model_name or folder.name
+    base_model = getattr(trainer.model.config, "_name_or_path", "")
+    base_model = base_model if base_model and not Path(base_model).is_dir() else None
+    tags = [*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base_model,
@@ -44,15 +35,15 @@ def write_model_card(
         ),
         template_path=str(files("trl_diffusion.trainers") / "templates" / "model_card.md"),
         model_name=model_name,
-        hub_model_id=hub_model_id or model_name,
+        hub_model_id=trainer.hub_model_id or model_name,
         base_model=base_model,
         dataset_name=dataset_name,
-        estimator=estimator,
-        trainer_name=trainer_name,
-        paper_title=paper["title"],
-        paper_id=paper["id"],
-        trainer_citation=paper["citation"],
+        estimator=trainer.args.describe_estimator(),
+        trainer_name=trainer._name,
+        paper_title=trainer._paper["title"],
+        paper_id=trainer._paper["id"],
+        trainer_citation=trainer._paper["citation"],
         versions={name: version(name) for name in ("trl_diffusion", "trl", "transformers", "torch", "datasets")},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    card.save(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    card.save(folder / "README.md")

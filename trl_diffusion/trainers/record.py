@@ -91,7 +91,7 @@ def make_record(trainer: Any) -> dict[str, Any]:
     return {
         **{name: _plain(getattr(args, name)) for name in (*estimator, *_OPTIONS) if hasattr(args, name)},
         "trainer": type(trainer)._name,
-        "data": fingerprint(dataset, ("prompt_ids", *trainer._completion_columns, "label")),
+        "data": fingerprint(dataset, ("prompt_ids", *trainer._completion_columns, "KL_completion_ids", "label")),
         "seed": (args.seed if args.data_seed is None else args.data_seed) if shuffled else None,
         "rows_per_step": micro_batch * args.gradient_accumulation_steps,
         "mask_token_id": resolve_mask_token_id(trainer._model_config, trainer._tokenizer),

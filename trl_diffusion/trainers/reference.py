@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from datasets.fingerprint import Hasher
 
 from ..models.denoiser import resolve_mask_token_id
 from ..scoring.adapters import adapter_scaling
-from ..scoring.head import FIXED_NONCE
+from ..scoring.head import FIXED_NONCE, on_draws
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from ..scoring.door import DPOTrainer as _TRLTrainer
@@ -81,7 +80,7 @@ class ReferenceMixin(_TRLTrainer):
         if self.precompute_ref_logps:
             yield {**inputs, **self._stored_on(inputs, nonce - FIXED_NONCE)}
             return
-        reference = self.compute_ref_log_probs(partial(self.ref_model or self.model, draw_nonce=nonce), inputs)
+        reference = self.compute_ref_log_probs(on_draws(self.ref_model or self.model, nonce), inputs)
         scored = {
             name: value for name, value in zip(self._reference_columns, reference, strict=True) if value is not None
         }
@@ -144,7 +143,7 @@ class ReferenceMixin(_TRLTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]; on the set that is being stored."""
         if self._draw_set is not None:
-            model = partial(model, draw_nonce=FIXED_NONCE + self._draw_set)
+            model = on_draws(model, FIXED_NONCE + self._draw_set)
         frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
         reference = super().compute_ref_log_probs(model, inputs)
         for parameter in frozen:  # PEFT frees all of an adapter when it switches it on again

@@ -1,53 +1,47 @@
-"""Saving and resuming, in front of a TRL trainer: only whole checkpoints, and only those of the same run."""
+"""Saving and resuming: only whole checkpoints, and only those of the same run."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from safetensors import SafetensorError
 
 from ..resuming.checkpoints import resolve_checkpoint
-from .record import RunRecord, compare_with, make_record
-
-if TYPE_CHECKING:  # what the mixin is put in front of
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
+from .record import compare_with
 
 
-class ResumingMixin(_Trainer):
-    """Put in front of a trainer, checks what it resumes. The trainer calls `_remember_run` when it is complete."""
+def checkpoint_to_resume(asked_for: str | bool | None, args: Any, record: dict[str, Any]) -> str | None:
+    """
+    The checkpoint from which a run goes on, or None.
 
-    def _remember_run(self) -> None:
-        self._run_record = make_record(self)
-        self.add_callback(RunRecord(self._run_record))
+    Args:
+        asked_for: `resume_from_checkpoint`; True for the last whole checkpoint.
+        args: of the trainer.
+        record: of the run that is now, see [`make_record`].
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """
-        Train, see [`~transformers.Trainer.train`].
+    Raises:
+        ValueError: the checkpoint is broken, is of another run, or the run cannot be resumed.
+    """
+    checkpoint = resolve_checkpoint(asked_for, args.output_dir)
+    if not checkpoint:
+        return checkpoint
+    if getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            f"`sync_ref_model=True` moves the reference along, and {checkpoint} does not hold it: the run would go "
+            "on against the first one. Start anew, without `resume_from_checkpoint`."
+        )
+    compare_with(checkpoint, record)
+    return checkpoint
 
-        `resume_from_checkpoint=True` picks the last whole checkpoint. A broken one is refused, and so is one of a run
-        with other data, another objective or another order of the rows; other draws are warned of.
-        """
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError(
-                f"No weight of the `{type(self.model).__name__}` requires a gradient, so nothing would be trained. "
-                "Pass a `peft_config`, load the adapter with `is_trainable=True`, or call `model.requires_grad_(True)`."
-            )
-        checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint and getattr(self.args, "sync_ref_model", False):
-            raise ValueError(
-                f"`sync_ref_model=True` moves the reference along, and {checkpoint} does not hold it: the run would go "
-                "on against the first one. Start anew, without `resume_from_checkpoint`."
-            )
-        if checkpoint:
-            compare_with(checkpoint, self._run_record)
-        return super().train(checkpoint, *args, **kwargs)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to `output_dir="
-                f"{self.args.output_dir!r}`: {error}. Those before it are untouched. Make room, or the folder "
-                "writable, and go on with `resume_from_checkpoint=True`, which passes over the broken one."
-            ) from error
+@contextmanager
+def explaining_a_failed_save(step: int, output_dir: str) -> Iterator[None]:
+    """Say of an error inside the block what it means for the run."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"The checkpoint of step {step} could not be written to `output_dir={output_dir!r}`: {error}. Those before "
+            "it are untouched. Make room, or the folder writable, and go on with `resume_from_checkpoint=True`, which "
+            "passes over the broken one."
+        ) from error

@@ -3,13 +3,13 @@
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 
 from ...scoring.door import KTOTrainer
+from ...scoring.head import on_draws
 from ..base import ELBOTrainerMixin
 from ..metrics import MEANINGLESS_METRICS, saturation
 from ..running import RunningMeansCallback
@@ -82,23 +82,27 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
     _config_class = ELBOKTOConfig
     _row_forms = (("prompt", "completion", "label"), ("chosen", "rejected"))
     _reference_columns = ("ref_logps", "ref_KL_logps")
+    _completion_columns = ("completion_ids",)
     _responses_per_row = 1
 
-    @contextmanager
-    def _constructing(self, args: ELBOKTOConfig) -> Iterator[None]:
-        """Unless its own baseline is wanted, keep TRL from making mismatched pairs and from asking for their order."""
-        loss_type = args.loss_type
-        self._completion_columns = ("completion_ids", "KL_completion_ids")
-        if args.baseline != "kl":
-            args.loss_type = "apo_zero_unpaired"  # the only loss for which TRL has no KL term
-            self._completion_columns = ("completion_ids",)
-        try:
-            yield
-        finally:
-            args.loss_type = self.loss_type = loss_type
+    def _before_trl(self, model: Any, ref_model: Any, args: Any, *others: Any) -> Any:
+        self._pairs_mismatched = args.baseline == "kl"
         self._warned_of_batch = False
-        if args.baseline in ("ema", "ema_per_class"):
-            self.add_callback(RunningMeansCallback(decay=args.ema_decay))
+        return super()._before_trl(model, ref_model, args, *others)
+
+    @property
+    def calculate_KL(self) -> bool:
+        """Whether TRL makes and scores mismatched pairs: as the baseline says, where TRL goes by the loss type."""
+        return self._pairs_mismatched
+
+    @calculate_KL.setter
+    def calculate_KL(self, _: bool) -> None:
+        """TRL's constructor sets it."""
+
+    def _after_trl(self) -> None:
+        if self.args.baseline in ("ema", "ema_per_class"):
+            self.add_callback(RunningMeansCallback(decay=self.args.ema_decay))
+        super()._after_trl()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -115,7 +119,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         """
         mode = "train" if self.model.training else "eval"
         policy_nonce, reference_nonce = self._draw_nonces(mode)
-        policy = partial(model, draw_nonce=policy_nonce)
+        policy = on_draws(model, policy_nonce)
         with self._diagnostics.collecting() as outputs, self._with_reference(inputs, reference_nonce) as inputs:
             if self.args.baseline == "kl":
                 result = super()._compute_loss(policy, inputs, return_outputs)

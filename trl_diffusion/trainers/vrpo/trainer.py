@@ -1,10 +1,10 @@
 """The VRPO trainer: TRL's DPO trainer, whose log-probabilities are ELBOs on draws that policy and reference share."""
 
 import textwrap
-from functools import partial
 from typing import Any
 
 from ...scoring.door import DPOTrainer
+from ...scoring.head import on_draws
 from ..base import ELBOTrainerMixin
 from ..metrics import MEANINGLESS_METRICS
 from .config import DiffusionVRPOConfig
@@ -75,7 +75,7 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
         mode = "train" if self.model.training else "eval"
         policy_nonce, reference_nonce = self._draw_nonces(mode)
         with self._diagnostics.collecting() as outputs, self._with_reference(inputs, reference_nonce) as inputs:
-            result = super()._compute_loss(partial(model, draw_nonce=policy_nonce), inputs, return_outputs)
+            result = super()._compute_loss(on_draws(model, policy_nonce), inputs, return_outputs)
         for key in MEANINGLESS_METRICS:
             self._metrics[mode].pop(key, None)
         self._learn_kappa(outputs, pairs=True)
