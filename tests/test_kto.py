@@ -133,6 +133,7 @@ def test_a_policy_equal_to_its_reference_has_loss_one_half_exactly(tmp_path, bas
         baseline=baseline,
         learning_rate=0.0,
         max_steps=2,
+        bf16=route != "adapter off",
     )
     trainer.train()
     assert [entry["loss"] for entry in trainer.state.log_history[:-1]] == [HALF, HALF]

@@ -140,9 +140,9 @@ def trainer_with_reference(tmp_path, route, **options):
 
 
 @pytest.mark.parametrize("route", REFERENCES)
-@pytest.mark.parametrize("stratify", [False, True])
-def test_a_policy_equal_to_its_reference_has_loss_ln_2_exactly(tmp_path, route, stratify):
-    trainer = trainer_with_reference(tmp_path, route, stratify=stratify, learning_rate=0.0, max_steps=2)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_policy_equal_to_its_reference_has_loss_ln_2_exactly(tmp_path, route, bf16):
+    trainer = trainer_with_reference(tmp_path, route, bf16=bf16, stratify=bf16, learning_rate=0.0, max_steps=2)
     trainer.train()
     for entry in trainer.state.log_history[:-1]:
         assert entry["loss"] == torch.tensor(2.0).log().item()
