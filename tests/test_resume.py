@@ -3,6 +3,7 @@ A run that is killed and resumed is the run that was not: at any step, in the mi
 checkpoint, other data or another objective.
 """
 
+import dataclasses
 import errno
 import json
 import logging
@@ -10,7 +11,6 @@ import os
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_kto
@@ -22,9 +22,10 @@ from processes import kill_myself, run_forked
 from test_kto import make_feedback
 from transformers import TrainerCallback
 
-from trl_diffusion.resuming import checkpoints
-from trl_diffusion.resuming.checkpoints import problem_of, resolve_checkpoint
-from trl_diffusion.trainers import record as run_record
+from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig
+from trl_diffusion.resuming import checkpoints, record
+from trl_diffusion.resuming.checkpoints import RUN, problem_of, record_of, resolve_checkpoint
+from trl_diffusion.trainers.arguments import ELBOArguments
 
 STEPS = 7
 SAVED = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "num_mc_samples": 2}
@@ -155,6 +156,35 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, whole, caplog, name, 
         assert torch.equal(weight, whole[name][2][key]), key
 
 
+def train_on_two(folder, killed=False, resume=False):
+    """The second process is killed while it writes its random state: by then the first has written all that it has."""
+    trainer = make_kto(folder / "run", per_device_train_batch_size=2)
+    if killed and os.environ["RANK"] == "1":
+        kill_while_writing("rng_state_1.pth", step=4)
+    trainer.train(resume_from_checkpoint=resume)
+    torch.save(outcome(trainer), folder / f"outcome{os.environ['RANK']}.pt")
+    trainer.accelerator.end_training()
+
+
+def test_one_of_two_processes_is_killed(tmp_path):
+    """A checkpoint that lacks the part of one process is none, whatever the others have written."""
+    for name, killed, resume in (("whole", False, False), ("cut", True, False), ("cut", False, True)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        codes = run_forked(train_on_two, tmp_path / name, killed, resume, processes=2, folder=tmp_path)
+        assert [code == 0 for code in codes] == [not killed] * 2, (tmp_path / "rank0.log").read_text()[-2000:]
+        if killed:
+            assert codes[1] == -signal.SIGKILL
+            assert problem_of(tmp_path / name / "run" / "checkpoint-2") == ""
+            assert problem_of(tmp_path / name / "run" / "checkpoint-4") == "trainer_state.json is missing"
+    listed = json.loads((tmp_path / "cut" / "run" / "checkpoint-4" / RUN).read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(listed)
+    for rank in range(2):
+        files = (tmp_path / name / f"outcome{rank}.pt" for name in ("whole", "cut"))
+        whole, resumed = (torch.load(file, weights_only=False) for file in files)
+        assert resumed[:2] == whole[:2]
+        assert all(torch.equal(resumed[2][key], weight) for key, weight in whole[2].items())
+
+
 # Half checkpoints
 
 
@@ -162,7 +192,15 @@ def cut(path):
     os.truncate(path, path.stat().st_size - 1 if path.suffix != ".json" else path.stat().st_size // 2)
 
 
-FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+def test_a_checkpoint_lists_what_is_read_when_it_is_resumed(whole):
+    """Whatever transformers and PEFT write, and nothing that is not read."""
+    listed = json.loads((whole["vrpo"][3] / "checkpoint-7" / RUN).read_text())["files"]
+    assert {*FILES} - {"trainer_state.json", RUN} <= set(listed)
+    assert {"training_args.bin", "README.md"}.isdisjoint(listed)
+    assert "model.safetensors" in json.loads((whole["kto"][3] / "checkpoint-7" / RUN).read_text())["files"]
+
+
+FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", RUN]
 
 
 @pytest.mark.parametrize("how, word", [(cut, "cut short"), (Path.unlink, "missing")], ids=["cut", "missing"])
@@ -176,24 +214,23 @@ def test_half_a_checkpoint_is_not_resumed(tmp_path, whole, caplog, name, how, wo
     with caplog.at_level(logging.WARNING):
         found = resolve_checkpoint(True, str(tmp_path / "run"))
     assert found == str(tmp_path / "run" / "checkpoint-6")
-    (message,) = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    (message,) = [r.getMessage() for r in caplog.records if "passed over" in r.getMessage()]
     assert "checkpoint-7" in message and name in message and word in message
     with pytest.raises(ValueError, match=f"is no whole checkpoint: .*{name}.*{word}"):
         resolve_checkpoint(str(broken), str(tmp_path / "run"))
 
 
-def test_a_shard_that_is_missing(tmp_path):
-    folder = tmp_path / "checkpoint-1"
-    trainer = make_kto(tmp_path, max_steps=1, save_steps=1)
-    trainer.train()
-    (folder / "model.safetensors").unlink()
-    trainer.model.save_pretrained(folder, max_shard_size="5KB")
+def test_what_nobody_reads_may_go(tmp_path, whole):
+    folder = shutil.copytree(whole["vrpo"][3] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (folder / "training_args.bin").unlink()
+    (folder / "README.md").write_text("Mine.")
     assert problem_of(folder) == ""
-    shard = sorted(folder.glob("model-*.safetensors"))[1]
-    cut(shard)
-    assert problem_of(folder) == f"{shard.name} is cut short"
-    shard.unlink()
-    assert problem_of(folder) == f"{shard.name} is missing"
+
+
+def test_what_is_listed_in_another_version_is_not_guessed(tmp_path, whole):
+    folder = shutil.copytree(whole["vrpo"][3] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (folder / RUN).write_text(json.dumps({"version": 2}))
+    assert problem_of(folder) == f"{RUN} has the version 2, and this one of trl_diffusion reads 1"
 
 
 def test_a_checkpoint_under_the_number_of_another(tmp_path, whole):
@@ -203,7 +240,7 @@ def test_a_checkpoint_under_the_number_of_another(tmp_path, whole):
 
 def test_a_checkpoint_of_the_model_only(tmp_path):
     make_vrpo(tmp_path, max_steps=1, save_steps=1, save_only_model=True).train()
-    with pytest.raises(ValueError, match="save_only_model=True"):
+    with pytest.raises(ValueError, match=f"{RUN} is missing .was it saved by another program.*save_only_model=True"):
         resolve_checkpoint(str(tmp_path / "checkpoint-1"), str(tmp_path))
 
 
@@ -287,7 +324,10 @@ WARNED = [
     ({"stratify": False}, "`stratify` was True and is False"),
     ({"control_variate": "none"}, "`control_variate` was 'leave_one_out' and is 'none'; the noise of every estimate"),
     ({"share_draws": False}, "`share_draws` was True and is False"),
-    ({"precompute_ref_log_probs": False}, "`precomputed` was True and is False; masks are the same in every epoch"),
+    (
+        {"precompute_ref_log_probs": False},
+        "`precompute_ref_log_probs` was True and is False; masks are the same in",
+    ),
 ]
 
 
@@ -296,43 +336,47 @@ def test_other_noise_is_warned_of(tmp_path, whole, caplog, change, message):
     trainer = make_vrpo(tmp_path, **change)
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=str(whole["vrpo"][3] / "checkpoint-6"))
-    found = [record.getMessage() for record in caplog.records if "Resuming" in record.getMessage()]
+    found = [r.getMessage() for r in caplog.records if "Resuming" in r.getMessage()]
     assert len(found) == 1 and message in found[0]
     assert trainer.state.global_step == STEPS
 
 
-def test_a_reference_that_moves_is_not_in_the_checkpoint(tmp_path):
-    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "precompute_ref_log_probs": False}
-    make_vrpo(tmp_path, peft_config=None, **options).train()
+MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 2, "precompute_ref_log_probs": False, "peft_config": None}
+
+
+def test_a_reference_that_moves_goes_on_from_where_it_was(tmp_path):
+    uncut = make_vrpo(tmp_path, **MOVING)
+    uncut.train()
+    resumed = make_vrpo(tmp_path, **MOVING)
+    first = [p.detach().clone() for p in resumed.ref_model.parameters()]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert outcome(resumed)[0] == outcome(uncut)[0]
+    for ours, expected in zip(resumed.ref_model.parameters(), uncut.ref_model.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+    assert not all(map(torch.equal, first, resumed.ref_model.parameters()))
+
+
+def test_a_reference_that_moves_is_part_of_the_run(tmp_path):
+    make_vrpo(tmp_path, **MOVING, max_steps=2).train()
+    for change, message in (
+        ({"sync_ref_model": False}, "`sync_ref_model` was {'every': 2, 'alpha': 0.6} and is False .the objective is"),
+        ({"ref_model_mixup_alpha": 0.5}, "`sync_ref_model` was .* and is {'every': 2, 'alpha': 0.5}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_vrpo(tmp_path, **{**MOVING, **change}).train(resume_from_checkpoint=True)
+    content = json.loads((tmp_path / "checkpoint-2" / RUN).read_text())
+    del content["files"]["reference.safetensors"]  # as where it was sharded
+    (tmp_path / "checkpoint-2" / RUN).write_text(json.dumps(content))
+    (tmp_path / "checkpoint-2" / "reference.safetensors").unlink()
     with pytest.raises(ValueError, match="`sync_ref_model=True` moves the reference along, and .* does not hold it"):
-        make_vrpo(tmp_path, peft_config=None, **options).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="`sync_ref_model` was True and is False .the objective is another one"):
-        options["sync_ref_model"] = False
-        make_vrpo(tmp_path, peft_config=None, **options).train(resume_from_checkpoint=True)
-
-
-def test_machines_without_a_shared_disk(tmp_path, whole, monkeypatch):
-    """Each of two machines has the random states of its own two processes."""
-    folder = shutil.copytree(whole["vrpo"][3] / "checkpoint-4", tmp_path / "checkpoint-4")
-    state = json.loads((folder / "trainer_state.json").read_text())
-    state["stateful_callbacks"]["RunRecord"]["args"]["record"]["processes"] = 4
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    shutil.copy(folder / "rng_state.pth", folder / "rng_state_2.pth")
-    monkeypatch.setattr(checkpoints, "PartialState", lambda: SimpleNamespace(process_index=3, local_process_index=1))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert problem_of(folder) == "rng_state_3.pth is missing"
-    shutil.copy(folder / "rng_state.pth", folder / "rng_state_3.pth")
-    assert problem_of(folder) == ""
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setattr(checkpoints, "PartialState", lambda: SimpleNamespace(process_index=3, local_process_index=3))
-    assert problem_of(folder) == "rng_state_0.pth and rng_state_1.pth are missing"
+        make_vrpo(tmp_path, **MOVING).train(resume_from_checkpoint=True)
 
 
 def test_a_new_version_of_the_draws_is_warned_of(tmp_path, whole, caplog, monkeypatch):
-    monkeypatch.setattr(run_record, "DRAW_VERSION", run_record.DRAW_VERSION + 1)
+    monkeypatch.setattr(record, "DRAW_VERSION", record.DRAW_VERSION + 1)
     with caplog.at_level(logging.WARNING):
         make_vrpo(tmp_path).train(resume_from_checkpoint=str(whole["vrpo"][3] / "checkpoint-6"))
-    (message,) = [record.getMessage() for record in caplog.records if "Resuming" in record.getMessage()]
+    (message,) = [r.getMessage() for r in caplog.records if "Resuming" in r.getMessage()]
     assert "`draw_version` was" in message and "the same seed gives other masks" in message
 
 
@@ -349,21 +393,15 @@ def test_what_changes_no_number_is_not_mentioned(tmp_path, whole, caplog, change
     """The batch may be cut otherwise: accumulation is exact."""
     trainer = make_vrpo(tmp_path, **change)
     with caplog.at_level(logging.WARNING):
-        run_record.compare_with(str(whole["vrpo"][3] / "checkpoint-6"), trainer._run_record)
-    assert not [record for record in caplog.records if "Resuming" in record.getMessage()]
+        record.compare(record_of(whole["vrpo"][3] / "checkpoint-6"), trainer._record, trainer.args.differences, "")
+    assert not [r for r in caplog.records if "Resuming" in r.getMessage()]
 
 
-def test_a_checkpoint_without_a_record(tmp_path, whole, caplog):
-    """One of an earlier version: resumed with a warning, and the next one has the record."""
-    shutil.copytree(whole["vrpo"][3] / "checkpoint-4", tmp_path / "checkpoint-4")
-    path = tmp_path / "checkpoint-4" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    record = state["stateful_callbacks"].pop("RunRecord")["args"]["record"]
-    path.write_text(json.dumps(state))
-    with caplog.at_level(logging.WARNING):
-        make_vrpo(tmp_path).train(resume_from_checkpoint=True)
-    assert any("has no record of its run" in record.getMessage() for record in caplog.records)
-    assert run_record.record_in(checkpoints.read_state(str(tmp_path / "checkpoint-6"))) == record
+@pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig])
+def test_every_option_of_ours_says_what_a_difference_means(config):
+    inherited = {field.name for field in dataclasses.fields(config.__bases__[1])}
+    assert issubclass(config.__bases__[0], ELBOArguments)
+    assert {field.name for field in dataclasses.fields(config)} - inherited <= set(config.differences)
 
 
 def test_a_stream_cannot_be_compared(tmp_path, caplog):
@@ -372,14 +410,14 @@ def test_a_stream_cannot_be_compared(tmp_path, caplog):
     make_vrpo(tmp_path, **options).train()
     with caplog.at_level(logging.WARNING):
         make_vrpo(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert any("training data are a stream" in record.getMessage() for record in caplog.records)
+    assert any("training data are a stream" in r.getMessage() for r in caplog.records)
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
     """Not of the way to it, which is what the fingerprint of `datasets` is of."""
     pairs = make_pairs(6)
     prints = [
-        make_vrpo(tmp_path, dataset=dataset)._run_record["data"]
+        make_vrpo(tmp_path, dataset=dataset)._record["data"]
         for dataset in (pairs, pairs.select(range(6)), type(pairs).from_list(pairs.to_list()), pairs.select(range(5)))
     ]
     assert prints[0] == prints[1] == prints[2] != prints[3]

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_reference import holds_reference_values, on_disk
 from test_trainers import make_trainer
 
 from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig
-from trl_diffusion.resuming.checkpoints import problem_of
+from trl_diffusion.resuming.checkpoints import RUN, problem_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "trl_diffusion").rglob("*.py"))
@@ -82,13 +83,19 @@ def test_weights_are_saved_as_safetensors(checkpoint):
     assert {path.name for path in checkpoint.glob("*.bin")} <= {"training_args.bin"}
 
 
+def poison(checkpoint, folder, name, content):
+    """A copy of a checkpoint with another file in it, which its own list vouches for."""
+    shutil.copytree(checkpoint, folder)
+    torch.save(content, folder / name)
+    run = json.loads((folder / RUN).read_text())
+    run["files"][name] = (folder / name).stat().st_size
+    (folder / RUN).write_text(json.dumps(run))
+    return folder
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_payload_in_a_checkpoint_is_not_unpickled(tmp_path, checkpoint, name):
-    poisoned = tmp_path / "checkpoint-1"
-    poisoned.mkdir()
-    for path in checkpoint.iterdir():
-        (poisoned / path.name).write_bytes(path.read_bytes())
-    torch.save({"state": Payload(tmp_path / "ran")}, poisoned / name)
+    poisoned = poison(checkpoint, tmp_path / "checkpoint-1", name, {"state": Payload(tmp_path / "ran")})
     trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2), max_steps=3, save_strategy="steps", save_steps=1)
     assert problem_of(poisoned) == ""
     with pytest.raises(Exception, match="Weights only load failed"):
@@ -98,15 +105,19 @@ def test_a_payload_in_a_checkpoint_is_not_unpickled(tmp_path, checkpoint, name):
     assert (tmp_path / "ran").exists()
 
 
-def test_pickled_weights_are_no_checkpoint(tmp_path, checkpoint):
-    poisoned = tmp_path / "checkpoint-1"
-    poisoned.mkdir()
-    for path in checkpoint.iterdir():
-        if path.suffix != ".safetensors":
-            (poisoned / path.name).write_bytes(path.read_bytes())
-    torch.save({"weight": Payload(tmp_path / "ran")}, poisoned / "adapter_model.bin")
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_pickled_weights_are_not_unpickled(tmp_path, checkpoint, is_listed):
+    """They are no checkpoint; nor does a list that names them make them one that runs code."""
+    poisoned = poison(checkpoint, tmp_path / "checkpoint-1", "adapter_model.bin", {"weight": Payload(tmp_path / "ran")})
+    (poisoned / "adapter_model.safetensors").unlink()
+    if is_listed:
+        run = json.loads((poisoned / RUN).read_text())
+        del run["files"]["adapter_model.safetensors"]
+        (poisoned / RUN).write_text(json.dumps(run))
     trainer = make_trainer(tmp_path, peft_config=LoraConfig(r=2), max_steps=2)
-    with pytest.raises(ValueError, match="adapter_model.safetensors are missing"):
+    with pytest.raises(
+        Exception, match="Weights only load failed" if is_listed else "adapter_model.safetensors is missing"
+    ):
         trainer.train(resume_from_checkpoint=str(poisoned))
     assert not (tmp_path / "ran").exists()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import make_model
 from test_trainers import make_trainer
+from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer
 
 from trl_diffusion.checks.options import DPO_LOSS_TYPES, KTO_LOSS_TYPES
@@ -33,6 +34,15 @@ def test_the_constructor_looks_up_the_seam_names_in_order(module, trainer):
     last = source.rfind("add_fused_lm_head(")
     assert last < source.index("self._precompute_ref_logps("), f"{TRL}: the head must be there before precomputation"
     assert last < source.index("prepare_model("), f"{TRL}: and before the reference is prepared"
+
+
+def test_the_random_state_is_saved_last_but_for_the_trainers_state():
+    """There a checkpoint gets the list of its files; nothing that is read on resuming may be written later."""
+    source = inspect.getsource(Trainer._save_checkpoint)
+    names = ("save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state", "state.save_to_json")
+    places = [source.find(f"self.{name}(") for name in (*names, "_push_from_checkpoint")]
+    places.append(source.find("rotate_checkpoints("))
+    assert all(place > 0 for place in places) and places == sorted(places), f"transformers {version('transformers')}"
 
 
 @pytest.mark.parametrize("trainer", TRAINERS.values())

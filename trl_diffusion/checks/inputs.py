@@ -112,9 +112,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
 def require_trainable(model: Any) -> None:
     """Refuse to train a model of which no weight would change."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
+        adapter = isinstance(model, PeftModel)
+        cure = "Load its adapter with `is_trainable=True`" if adapter else "Call `model.requires_grad_(True)`"
         raise ValueError(
-            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. Pass a "
-            "`peft_config`, load the adapter with `is_trainable=True`, or call `model.requires_grad_(True)`."
+            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. {cure} "
+            "before it is given to the trainer."
         )
 
 

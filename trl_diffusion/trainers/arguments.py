@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..checks.options import check_types, check_values
 from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
 from ..estimators.schemes import SCHEMES
+from ..resuming.record import DIFFERENCES, Difference
 from ..scoring.gradients import GRADIENT_MODES
 
 CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
@@ -15,6 +17,9 @@ CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
 @dataclass
 class ELBOArguments:
     """Arguments that every trainer of this package adds to its TRL parent's."""
+
+    # What a difference of an option means to a run that is resumed
+    differences: ClassVar[dict[str, Difference | None]] = DIFFERENCES
 
     # Parameters that control the estimator
     num_mc_samples: int = field(

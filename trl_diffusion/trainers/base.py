@@ -35,6 +35,8 @@ from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.family import FAMILIES, family_of
 from ..planning.fit import warn_of_memory
+from ..resuming.record import make_record
+from ..resuming.run import checkpoint_to_resume, explaining_a_failed_save, finish_checkpoint
 from ..scoring.adapters import (
     adapter_precision,
     cast_adapters,
@@ -49,9 +51,7 @@ from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
 from .data import append_eos, drop_unusable_rows, ending_token_ids, without_length_filter
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
-from .record import RunRecord, make_record
 from .reference import ReferenceMixin
-from .resume import checkpoint_to_resume, explaining_a_failed_save
 from .running import RunningKappaCallback
 
 logger = get_logger(__name__)
@@ -141,8 +141,7 @@ class ELBOTrainerMixin(ReferenceMixin):
         cast_adapters(self.model, self.args.adapter_dtype)
         if self.args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
-        self._run_record = make_record(self)
-        self.add_callback(RunRecord(self._run_record))
+        self._record = make_record(self)
         self.add_callback(FiniteGradients())
 
     # Called by TRL's constructor
@@ -227,7 +226,7 @@ class ELBOTrainerMixin(ReferenceMixin):
         with other data, another objective or another order of the rows; other draws are warned of.
         """
         require_trainable(self.model)
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args, self._run_record)
+        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, self._record)
         warn_of_memory(self)
         return super().train(checkpoint, *args, **kwargs)
 
@@ -275,11 +274,16 @@ class ELBOTrainerMixin(ReferenceMixin):
             check_dataset(eval_dataset, "eval", self._row_forms, self._reference_columns)
         return super().evaluate(eval_dataset, **kwargs)
 
-    # Saving
+    # Saving, see resuming/
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with explaining_a_failed_save(self.state.global_step, self.args.output_dir):
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that each process saves; `trainer_state.json` follows."""
+        super()._save_rng_state(output_dir)
+        finish_checkpoint(self, output_dir, self._record)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -1,8 +1,10 @@
 """The configuration of ELBO-KTO: TRL's KTO arguments, plus those of the estimator and the baseline."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...checks.options import KTO_LOSS_TYPES, check_loss_types, check_types
+from ...resuming.record import DIFFERENCES, OBJECTIVE, ORDER, SILENT, Difference
 from ...scoring.door import KTOConfig
 from ..arguments import ELBOArguments
 from .baselines import BASELINES, NEED_A_BATCH
@@ -94,6 +96,14 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
     > - `train_sampling_strategy`: Defaults to `"random"` instead of `"sequential"`, which only `baseline="kl"` needs.
     """
 
+    differences: ClassVar[dict[str, Difference | None]] = {
+        **DIFFERENCES,
+        **dict.fromkeys(("baseline", "desirable_weight", "undesirable_weight"), OBJECTIVE),
+        "batch_composition": ORDER,
+        "ema_decay": SILENT,  # compared where the running means are restored
+        "rows_per_baseline": Difference(False, "a batch baseline is a mean over another number of rows"),
+    }
+
     baseline: str | None = field(
         default=None,
         metadata={
@@ -133,6 +143,11 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
         self._check_baseline()
         super().__post_init__()
         self._check_batch()
+
+    @property
+    def rows_per_baseline(self) -> int | None:
+        """Rows of the global micro-batch, where a baseline is a mean over them."""
+        return self.per_device_train_batch_size * self.world_size if self.baseline in NEED_A_BATCH else None
 
     def _check_baseline(self) -> None:
         if self.baseline not in (*BASELINES, "kl"):
