@@ -68,12 +68,7 @@ def diagnose_variance(
     Raises:
         ValueError: no dataset, fewer than two pairs, or a number of draws that cannot be dealt out.
     """
-    if num_pairs < 2:
-        raise ValueError(f"`num_pairs` must be at least 2, for a spread over pairs, got {num_pairs}.")
-    if num_draws < 32 or num_draws % 32:
-        raise ValueError(f"`num_draws` must be a multiple of 32, got {num_draws}. The default is 64.")
-    if dataset is None:
-        raise ValueError("`dataset` is missing: give a preference dataset, of which a few pairs are scored.")
+    _check(dataset, num_pairs, num_draws)
     args = _with_many_draws(args or DiffusionVRPOConfig("variance"), num_draws)
     has_adapter = not isinstance(model, str) and is_peft_model(model)
     if has_adapter and ref_model is None:
@@ -98,6 +93,15 @@ def diagnose_variance(
         for parameter in trained:
             parameter.requires_grad_(True)
     return _report(rows, num_draws, args.beta, target_standard_error)
+
+
+def _check(dataset: Any, num_pairs: int, num_draws: int) -> None:
+    if num_pairs < 2:
+        raise ValueError(f"`num_pairs` must be at least 2, for a spread over pairs, got {num_pairs}.")
+    if num_draws < 32 or num_draws % 32:
+        raise ValueError(f"`num_draws` must be a multiple of 32, got {num_draws}. The default is 64.")
+    if dataset is None:
+        raise ValueError("`dataset` is missing: give a preference dataset, of which a few pairs are scored.")
 
 
 def _with_many_draws(args: DiffusionVRPOConfig, num_draws: int) -> DiffusionVRPOConfig:
