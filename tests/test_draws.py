@@ -15,90 +15,66 @@ from trl_diffusion import ControlVariate, MaskDraws, MaskSampler, draw_masks
 from trl_diffusion.estimators.draws import DRAW_VERSION, SCHEMES
 
 ROWS = 20_000
-# Largest |z| over some hundred comparisons: P(any beyond 5) < 1e-3, and the seed is fixed
+# Largest |z| over ten thousand comparisons: P(any beyond 5) < 1e-2, and the seed is fixed
 LARGEST_Z = 5.0
 ROUNDING = 1e-7  # of weights, which are float32
+CONTROLS = {"plain": None, "control": "leave_one_out", "few witnesses": ControlVariate(bandwidth=0.1, ridge=0.05)}
+# (L', K): one draw, units that are cut short, fewer and more draws than tokens
+SIZES = [(1, 3), (2, 5), (3, 2), (4, 8), (5, 1), (6, 3)]
+CAP = 50.0
 
 
-def law_z_scores(draws: MaskDraws, expected, cap: float = float("inf")) -> list[float]:
-    """z of the mean over rows against `expected(m)`, for every subset and token; weights above `cap` are left out."""
-    num_rows, length = draws.masked.shape[1:]
-    code = (draws.masked.long() << torch.arange(length)).sum(-1)  # (K, B)
-    weight = draws.weight.double()
-    weight = weight * (weight * draws.num_mc_samples <= cap)
-    per_row = torch.zeros(num_rows, 2**length, length, dtype=torch.float64)  # sum_k weight[k, i] 1{masked[k] = m}
-    for of_draw, weight_of_draw in zip(code, weight, strict=True):
+@pytest.mark.parametrize("length, num_mc_samples", SIZES)
+@pytest.mark.parametrize("couple_pairs", [False, True], ids=["", "coupled"])
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("stratify", [False, True], ids=["", "stratified"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_law(scheme, stratify, control, couple_pairs, length, num_mc_samples):
+    """
+    Every scheme with every refinement; each of two coupled responses keeps the law.
+
+    With levels t in (0, 1] a weight of 1/t has no variance: rows with a level below 1/CAP are left out of both sides.
+    """
+    ids = response_pairs(length) if couple_pairs else torch.arange(ROWS).repeat_interleave(1 + length).view(ROWS, -1)
+    maskable = (torch.arange(1 + length) > 0).expand(len(ids), -1)
+    arguments = (maskable, num_mc_samples, scheme, stratify, 1, ids)
+    draws = draw_masks(*arguments, control_variate=CONTROLS[control], couple_pairs=couple_pairs)
+    level = draw_masks(*arguments, control_variate="leave_one_out", couple_pairs=couple_pairs).control.inclusion
+    keep, law = torch.ones(len(ids), dtype=torch.bool), [1 / (n * comb(length, n)) for n in range(1, length + 1)]
+    if scheme == "bernoulli":
+        keep, law = (level >= 1 / CAP).all(0), capped_law(length, num_mc_samples, stratify)
+    for part in torch.arange(len(ids)).chunk(1 + couple_pairs):
+        mean, standard_error = mean_weight_by_mask(draws.masked[:, part, 1:], draws.weight[:, part, 1:], keep[part])
+        for m in subsets(length):
+            row, places = sum(1 << i for i in m), list(m)
+            z = (mean[row, places] - law[len(m) - 1]) / standard_error[row, places]
+            assert z.abs().max() < LARGEST_Z, m
+
+
+def response_pairs(length):
+    """Two responses to each prompt, which differ in one token."""
+    prompts = torch.arange(ROWS // 2).repeat(2).unsqueeze(1)
+    first, second = torch.tensor([[7, 8, 9, 7, 5, 6]]), torch.tensor([[7, 8, 3, 7, 5, 6]])
+    return torch.cat([prompts, torch.cat([first, second])[:, :length].repeat_interleave(ROWS // 2, 0)], 1)
+
+
+def mean_weight_by_mask(masked, weight, keep):
+    """`(2^L, L)`: the mean over rows of sum_k weight[k, i] 1{masked[k] = m}, by the code of m; its standard error."""
+    num_rows, length = masked.shape[1:]
+    code = (masked.long() << torch.arange(length)).sum(-1)  # (K, B)
+    per_row = torch.zeros(num_rows, 2**length, length, dtype=torch.float64)
+    for of_draw, weight_of_draw in zip(code, weight.double() * keep.unsqueeze(-1), strict=True):
         per_row[torch.arange(num_rows), of_draw] += weight_of_draw
-    mean, standard_error = per_row.mean(0), per_row.std(0) / num_rows**0.5 + ROUNDING
-    scores = []
-    for m in subsets(length):
-        row = sum(1 << i for i in m)
-        scores += [((mean[row, i] - expected(m)) / standard_error[row, i]).item() for i in m]
-    return scores
+    return per_row.mean(0), per_row.std(0) / num_rows**0.5 + ROUNDING
 
 
-def law_of_counts(length: int):
-    return lambda m: 1 / (len(m) * comb(length, len(m)))
-
-
-@pytest.mark.parametrize("length", range(1, 7))
-@pytest.mark.parametrize("num_mc_samples", [1, 2, 3, 5, 8, 16])
-@pytest.mark.parametrize("stratify", [False, True])
-@pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
-def test_law_of_schemes_with_counts(scheme, length, num_mc_samples, stratify):
-    maskable = torch.ones(ROWS, length, dtype=torch.bool)
-    z = law_z_scores(draw_masks(maskable, num_mc_samples, scheme, stratify, seed=1), law_of_counts(length))
-    assert max(map(abs, z)) < LARGEST_Z
-
-
-@pytest.mark.parametrize("length", range(1, 7))
-@pytest.mark.parametrize("num_mc_samples", [2, 3, 5, 8, 16])
-@pytest.mark.parametrize("scheme, stratify", [("mirror", True), ("mirror", False), ("fixed_count", True)])
-@pytest.mark.parametrize("settings", [ControlVariate(), ControlVariate(kappa=1.0, bandwidth=0.1, ridge=0.05)], ids=str)
-def test_law_of_the_control_variate(settings, scheme, stratify, length, num_mc_samples):
-    maskable = torch.ones(ROWS, length, dtype=torch.bool)
-    draws = draw_masks(maskable, num_mc_samples, scheme, stratify, seed=4, control_variate=settings)
-    assert max(map(abs, law_z_scores(draws, law_of_counts(length)))) < LARGEST_Z
-
-
-@pytest.mark.parametrize("scheme, stratify", [("mirror", True), ("fixed_count", False)])
-@pytest.mark.parametrize("control_variate", [None, ControlVariate()])
-def test_law_of_coupled_pairs(scheme, stratify, control_variate):
-    """Each response of a coupled pair keeps the law: the chosen ones here, then the rejected ones, of equal prompts."""
-    length, rows = 4, 2 * ROWS
-    ids = torch.cat(
-        [
-            torch.arange(ROWS).repeat(2).unsqueeze(1),
-            torch.tensor([[7, 8, 9, 7], [7, 8, 3, 7]]).repeat_interleave(ROWS, 0),
-        ],
-        1,
-    )
-    maskable = (torch.arange(1 + length) > 0).expand(rows, -1)
-    draws = draw_masks(
-        maskable, 5, scheme, stratify, seed=5, rows=ids, control_variate=control_variate, couple_pairs=True
-    )
-    for part in (slice(0, ROWS), slice(ROWS, rows)):
-        part = MaskDraws(draws.masked[:, part, 1:], draws.weight[:, part, 1:])
-        assert max(map(abs, law_z_scores(part, law_of_counts(length)))) < LARGEST_Z
-
-
-@pytest.mark.parametrize("length", range(1, 7))
-@pytest.mark.parametrize("num_mc_samples", [1, 3, 8])
-@pytest.mark.parametrize("stratify", [False, True])
-@pytest.mark.parametrize("cap", [2.0, 50.0])
-def test_law_of_bernoulli(length, num_mc_samples, stratify, cap):
-    """
-    The variance of weight * 1{m} is infinite for |m| = 1, so the law is tested on levels t >= 1/cap, where
-    E[ (1/t) 1{m} ] is the integral of t^(|m|-1) (1-t)^(L'-|m|); as cap grows it becomes 1 / (|m| C(L', |m|)).
-    """
-    maskable = torch.ones(ROWS, length, dtype=torch.bool)
-    draws = draw_masks(maskable, num_mc_samples, "bernoulli", stratify, seed=2)
-    t = torch.linspace(1 / cap, 1, 20_001, dtype=torch.float64)
-
-    def expected(m):
-        return torch.trapezoid(t ** (len(m) - 1) * (1 - t) ** (length - len(m)), t).item()
-
-    assert max(map(abs, law_z_scores(draws, expected, cap))) < LARGEST_Z
+def capped_law(length, num_mc_samples, stratify):
+    """By |m|: E[ 1/K sum_k 1/t_k P(m | t_k); all levels are 1/CAP or more ], by the midpoint rule."""
+    u = (torch.arange(100_000).double() + 0.5) / 100_000
+    t = 1 - (u.unsqueeze(1) + torch.arange(num_mc_samples if stratify else 1) / num_mc_samples).frac()
+    keep = (t >= 1 / CAP).all(1, keepdim=True)
+    others = 1.0 if stratify else (1 - 1 / CAP) ** (num_mc_samples - 1)
+    return [(t ** (n - 1) * (1 - t) ** (length - n) * keep).mean().item() * others for n in range(1, length + 1)]
 
 
 def test_truncated_bernoulli_law_tends_to_the_law():
@@ -296,11 +272,40 @@ PACKED_VERSION_2 = [64, 104, 172, 252]
         ({"num_mc_samples": 0}, r"`num_mc_samples` must be at least 1, got 0"),
         ({"scheme": "gaussian"}, r"`scheme` must be one of .*fixed_count.*, got 'gaussian'"),
         ({"maskable": torch.tensor([[True], [False]])}, r"Rows \[1\] have no maskable token"),
+        ({"maskable": torch.ones(3)}, r"`maskable` must be \(B, L\), rows by positions, got \(3,\)"),
+        ({"rows": torch.zeros(2, 3)}, r"`rows` is \(2, 3\) and `maskable` \(1, 3\)"),
+        ({"attention_mask": torch.ones(1, 4)}, r"`attention_mask` is \(1, 4\) and `maskable` \(1, 3\)"),
     ],
 )
 def test_refusals(kwargs, message):
     with pytest.raises(ValueError, match=message):
         draw_masks(**{"maskable": torch.ones(1, 3, dtype=torch.bool), **kwargs})
+
+
+@pytest.mark.parametrize("make", [draw_masks, MaskSampler], ids=lambda make: make.__name__)
+def test_the_control_variate_has_the_names_of_the_configuration(make):
+    """A name is the setting that a trainer makes of it; that of a trainer's only says so."""
+
+    def weight(value):
+        maskable = torch.ones(3, 5, dtype=torch.bool)
+        if make is draw_masks:
+            return draw_masks(maskable, 4, control_variate=value).weight
+        return MaskSampler(4, control_variate=value)(maskable).weight
+
+    assert torch.equal(weight("none"), weight(None))
+    assert torch.equal(weight("leave_one_out"), weight(ControlVariate()))
+    assert not torch.equal(weight("leave_one_out"), weight("none"))
+    with pytest.raises(ValueError, match=r"`control_variate='adaptive'` learns .* `ControlVariate\(kappa=\.\.\.\)`"):
+        weight("adaptive")
+    with pytest.raises(ValueError, match=r"`control_variate` must be 'none', 'leave_one_out' or .*, got True"):
+        weight(True)
+
+
+def test_draws_are_printed_by_their_sizes():
+    draws = draw_masks(torch.ones(200, 300, dtype=torch.bool), 4, "mirror", control_variate=ControlVariate(kappa=0.5))
+    assert repr(draws) == (
+        "MaskDraws(4 draws of 200 rows of 300 tokens, 2 per unit, ControlVariate(kappa=0.5, bandwidth=0.25, ridge=1.0))"
+    )
 
 
 def test_mask_draws_refuses_other_shapes():

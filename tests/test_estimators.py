@@ -2,12 +2,19 @@
 The ELBO estimate against the truth by enumeration, and the variance theorems of VRPO (arXiv 2505.19223) as a table.
 """
 
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 from oracles import MASK, VOCAB, TableDenoiser, all_masks, exact_elbo, exact_fixed_count_variances, masked_sums
 
 from trl_diffusion import ControlVariate, MaskDraws, draw_masks, elbo
 from trl_diffusion.estimators.draws import SCHEMES
+from trl_diffusion.estimators.elbo import variance_of_mean
 
 LENGTH = 4
 IDS = torch.tensor([1, 3, 0, 2])
@@ -62,12 +69,41 @@ def test_outputs_agree_with_each_other(table):
     torch.testing.assert_close(out.standard_error, out.samples.std(0) / 5**0.5)
 
 
-def test_standard_error_is_the_spread_of_the_estimate(table):
-    out = estimate(table, 16)
+@pytest.mark.parametrize("scheme, num_mc_samples", [("fixed_count", 16), ("mirror", 5), ("mirror", 8)])
+def test_standard_error_is_the_spread_of_the_estimate(table, scheme, num_mc_samples):
+    out = estimate(table, num_mc_samples, scheme)
     mean_square, its_error = (out.standard_error**2).mean(), (out.standard_error**2).std() / REPEATS**0.5
     spread, spread_error = variance_with_error(out.value)
     assert abs(mean_square - spread) < 4 * (its_error**2 + spread_error**2) ** 0.5
-    assert estimate(table, 1, repeats=2).standard_error.isnan().all()
+    single_unit = estimate(table, SCHEMES[scheme].draws_per_unit, scheme, repeats=2)
+    assert single_unit.standard_error.isnan().all()
+
+
+# The two draws of a unit, all outcomes equally likely, of mean zero: they answer each other, are alike, or independent
+UNITS = {
+    "opposed": [(1.0, -2.0), (-2.0, 1.0), (1.0, 1.0)],
+    "alike": [(1.0, 1.0), (-2.0, -2.0), (1.0, 1.0)],
+    "independent": list(product((1.0, -2.0, 1.0), repeat=2)),
+}
+
+
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("num_draws, draws_per_unit", [(4, 2), (5, 2), (7, 2), (2, 1), (3, 1), (3, 2)])
+def test_variance_of_a_mean_by_enumeration(units, num_draws, draws_per_unit):
+    """Its mean over everything that can come is the variance of the mean over draws, odd numbers of draws included."""
+    whole, rest = divmod(num_draws, draws_per_unit)
+    alone = [(x,) for x, _ in UNITS[units]]
+    kinds = [UNITS[units] if draws_per_unit == 2 else alone] * whole + [alone] * rest
+    samples = torch.tensor([sum(drawn, ()) for drawn in product(*kinds)], dtype=torch.float64).T
+    exact = samples.mean(0).var(correction=0)
+    found = variance_of_mean(samples, draws_per_unit)
+    assert (found >= 0).all()
+    if (num_draws, draws_per_unit) != (3, 2):
+        assert found.mean().item() == pytest.approx(exact.item(), rel=1e-12)
+    else:  # a pair and a draw: exact if the draws of a pair are independent
+        of_pair, of_draw = (torch.tensor(kind).double().sum(1).var(correction=0).item() for kind in kinds)
+        assert found.mean().item() == pytest.approx((4 * of_draw + of_pair) / 18, rel=1e-12)
+        assert units != "independent" or found.mean().item() == pytest.approx(exact.item(), rel=1e-12)
 
 
 def test_one_token_has_no_variance():
@@ -287,11 +323,46 @@ def test_non_finite_log_probability_is_named(table):
         elbo(broken, IDS.expand(2, LENGTH), torch.ones(2, LENGTH), draws=draws, mask_token_id=MASK)
 
 
-def test_draws_of_other_rows_are_refused(table):
-    maskable = torch.ones(1, LENGTH, dtype=torch.bool)
-    maskable[0, 0] = False
-    with pytest.raises(ValueError, match="made for other rows"):
-        elbo(table, IDS.unsqueeze(0), maskable, draws=all_masks(LENGTH, 1), mask_token_id=MASK)
+ONES = torch.ones(1, LENGTH, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"maskable": torch.arange(LENGTH).unsqueeze(0) > 0}, "made for other rows"),
+        ({"draws": all_masks(LENGTH - 1, 1)}, r"`draws` are for \(B, L\) = \(1, 3\) and `maskable` is \(1, 4\)"),
+        ({"draws": all_masks(LENGTH, 2)}, r"`draws` are for \(B, L\) = \(2, 4\) and `maskable` is \(1, 4\)"),
+        ({"input_ids": IDS.expand(2, -1)}, r"`input_ids` is \(2, 4\) and `maskable` \(1, 4\)"),
+        ({"attention_mask": torch.ones(1, 3)}, r"`attention_mask` is \(1, 3\) and `maskable` \(1, 4\)"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "`maskable` has positions that are padding"),
+        (
+            {"input_ids": torch.tensor([[1, MASK, 0, 2]])},
+            rf"Rows \[0\] of `input_ids` contain the mask token \({MASK}\)",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_be_scored_as_something_else_is_refused(table, changes, message):
+    arguments = {"input_ids": IDS.unsqueeze(0), "maskable": ONES, "draws": all_masks(LENGTH, 1), **changes}
+    with pytest.raises(ValueError, match=message):
+        elbo(table, mask_token_id=MASK, **arguments)
+
+
+def test_padding_may_be_anything(table):
+    """Masks are refused in the text, not beside it."""
+    ids, real = torch.tensor([[1, 3, 0, MASK]]), torch.arange(LENGTH).unsqueeze(0) < 3
+    draws = draw_masks(real, 2, rows=ids, attention_mask=real)
+    out = elbo(table, ids, real, real, draws=draws, mask_token_id=MASK)
+    assert repr(out).startswith("ELBO(value=tensor([-") and repr(out).endswith("draws=2)")
+
+
+def test_the_example_of_the_readme_prints_its_numbers_and_nothing_else():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = [
+        block for block in re.findall(r"<!-- tested -->\n```python\n(.*?)```", text, re.DOTALL) if "elbo(" in block
+    ]
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"tensor\(\[-[\d., -]+\]\) tensor\(\[[\d., ]+\]\)\n", result.stdout) and not result.stderr
 
 
 def test_mask_token_is_needed(table):

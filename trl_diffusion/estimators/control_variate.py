@@ -12,7 +12,13 @@ hide the hard ones comes out low. So what is expected of the hidden tokens is ta
 where k' runs over the draws of *other units*, g_kk' = exp(-(pi_k - pi_k')^2 / (2 bandwidth^2)), and mean_k is the
 average of all these f under the same g. Once the levels are known the masks of other units say nothing about m_k, so
 1{i in m_k} - pi_k has mean zero beside c_ki, and the estimate stays exactly unbiased for any kappa, bandwidth and ridge
-that do not depend on the present masks. c is linear in f: all of it is a change of weights.
+that do not depend on the present masks.
+
+c is linear in f. What draw k takes off can therefore be ordered by the f that it stands in:
+
+    w_k sum_i (1{i in m_k} - pi_k) c_ki  =  sum_{k'} g_kk' sum_{i in m_k'} q_ki f_k'i
+
+with charges q that depend on masks only. So all of it is a change of weights: f_k'i has  w_k' - kappa sum_k g_kk' q_ki.
 
 The idea is the difference estimator of survey sampling; tests/test_draws.py holds its weights to the law.
 """
@@ -50,6 +56,25 @@ class ControlVariate:
                 raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
 
 
+def named_control_variate(value: ControlVariate | str | None) -> ControlVariate | None:
+    """
+    Settings by the names that the configurations have for them: `"none"` and `"leave_one_out"`.
+
+    Raises:
+        ValueError: another name, or `"adaptive"`, whose kappa comes from the steps of a training.
+    """
+    if value is None or isinstance(value, ControlVariate):
+        return value
+    if value in ("none", "leave_one_out"):
+        return None if value == "none" else ControlVariate()
+    if value == "adaptive":
+        raise ValueError(
+            "`control_variate='adaptive'` learns its kappa from the steps of a training, so only a trainer has it. "
+            "Give 'leave_one_out', or a kappa of your own: `ControlVariate(kappa=...)`."
+        )
+    raise ValueError(f"`control_variate` must be 'none', 'leave_one_out' or a `ControlVariate`, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class Control:
     """
@@ -73,12 +98,9 @@ class Control:
 
     def weight(self) -> torch.Tensor:
         """`(K, B, L)` float64: the weight of each f_ki, all terms that it stands in collected."""
-        near = self._nearness()
-        surprise = self.scale.unsqueeze(-1) * self._surprise() / (self._witnesses(near) + self.settings.ridge)
-        of_token = torch.einsum("jkb,jbl->kbl", near, surprise)
-        of_mean = torch.einsum("jkb,jb->kb", near, self.settings.ridge * surprise.sum(-1) * self._per_witness(near))
-        kappa = self.settings.kappa
-        return (self.scale.unsqueeze(-1) - kappa * (of_token + of_mean.unsqueeze(-1))) * self.masked
+        near, charge = self._nearness_and_charge()
+        taken_off = self.settings.kappa * torch.einsum("jkb,jbl->kbl", near, charge)
+        return (self.scale.unsqueeze(-1) - taken_off) * self.masked
 
     def samples(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -91,31 +113,21 @@ class Control:
             Two tensors `(K, B)` in nats, times K: the estimate is the mean of the first less kappa times that of the
             second.
         """
-        near = self._nearness()
+        near, charge = self._nearness_and_charge()
         values = log_probs.double()
-        mean = torch.einsum("jkb,kb->jb", near, values.sum(-1)) * self._per_witness(near)
-        seen = torch.einsum("jkb,kbl->jbl", near, values)
-        ridge = self.settings.ridge
-        expected = (seen + ridge * mean.unsqueeze(-1)) / (self._witnesses(near) + ridge)
-        scale = self.scale * self.masked.shape[0]
-        return scale * values.sum(-1), scale * (self._surprise() * expected).sum(-1)
+        control = (charge * torch.einsum("jkb,kbl->jbl", near, values)).sum(-1)
+        return self.masked.shape[0] * self.scale * values.sum(-1), self.masked.shape[0] * control
 
-    def _nearness(self) -> torch.Tensor:
-        """`(K, K, B)`: g_kk', zero inside a unit."""
+    def _nearness_and_charge(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """G `(K, K, B)`, zero inside a unit, and q `(K, B, L)`."""
+        masked, ridge = self.masked.double(), self.settings.ridge
         distance = self.inclusion.unsqueeze(1) - self.inclusion.unsqueeze(0)
-        unit = torch.arange(self.masked.shape[0], device=self.masked.device) // self.draws_per_unit
+        unit = torch.arange(len(masked), device=masked.device) // self.draws_per_unit
         other = (unit.unsqueeze(1) != unit.unsqueeze(0)).unsqueeze(-1)
-        return torch.exp(-0.5 * (distance / self.settings.bandwidth) ** 2) * other
-
-    def _witnesses(self, near: torch.Tensor) -> torch.Tensor:
-        """`(K, B, L)`: how often other units saw a token."""
-        return torch.einsum("jkb,kbl->jbl", near, self.masked.double())
-
-    def _per_witness(self, near: torch.Tensor) -> torch.Tensor:
-        """`(K, B)`: one over how many tokens other units saw; zero where they saw as good as none."""
-        seen = torch.einsum("jkb,kb->jb", near, self.masked.sum(-1).double())
-        return torch.where(seen > _NOTHING, 1 / seen, 0.0)
-
-    def _surprise(self) -> torch.Tensor:
-        """`(K, B, L)`: 1{i in m_k} - pi_k."""
-        return (self.masked.double() - self.inclusion.unsqueeze(-1)) * self.maskable
+        near = torch.exp(-0.5 * (distance / self.settings.bandwidth) ** 2) * other
+        witnesses = torch.einsum("jkb,kbl->jbl", near, masked)  # how often other units saw a token
+        seen = torch.einsum("jkb,kb->jb", near, masked.sum(-1))  # how many tokens they saw
+        surprise = (masked - self.inclusion.unsqueeze(-1)) * self.maskable
+        of_token = self.scale.unsqueeze(-1) * surprise / (witnesses + ridge)
+        of_mean = torch.where(seen > _NOTHING, ridge * of_token.sum(-1) / seen, 0.0)
+        return near, of_token + of_mean.unsqueeze(-1)

@@ -24,7 +24,7 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from .control_variate import Control, ControlVariate
+from .control_variate import Control, ControlVariate, named_control_variate
 from .hashing import hash_rows, mix, mix_int, uniform
 from .schemes import SCHEMES
 
@@ -33,7 +33,7 @@ DRAW_VERSION = 2
 _LEVEL, _TOKEN = 1, 2  # separate the streams of a row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskDraws:
     """
     K draws of masks for B rows of length L.
@@ -57,6 +57,11 @@ class MaskDraws:
                 "`masked` must be a (K, B, L) bool tensor and `weight` have its shape, got "
                 f"{self.masked.dtype} {tuple(self.masked.shape)} and {tuple(self.weight.shape)}."
             )
+
+    def __repr__(self) -> str:
+        draws, rows, length = self.masked.shape
+        control = f", {self.control.settings}" if self.control else ""
+        return f"MaskDraws({draws} draws of {rows} rows of {length} tokens, {self.draws_per_unit} per unit{control})"
 
     @property
     def num_mc_samples(self) -> int:
@@ -89,7 +94,7 @@ class MaskSampler:
         scheme: name of the masking scheme, one of [`SCHEMES`].
         stratify: whether the levels of a row are spread evenly.
         seed: of all draws.
-        control_variate: settings of the leave-one-out token control variate, or none.
+        control_variate: settings of the leave-one-out token control variate, or their name, see [`draw_masks`].
         couple_pairs: whether responses to one prompt share levels and the fate of equal tokens.
     """
 
@@ -97,8 +102,11 @@ class MaskSampler:
     scheme: str = "fixed_count"
     stratify: bool = False
     seed: int = 0
-    control_variate: ControlVariate | None = None
+    control_variate: ControlVariate | str | None = None
     couple_pairs: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "control_variate", named_control_variate(self.control_variate))
 
     def __call__(
         self,
@@ -109,7 +117,7 @@ class MaskSampler:
         kappa: float | None = None,
     ) -> MaskDraws:
         """Draw masks for a batch, see [`draw_masks`]; `kappa` takes the place of the control variate's own."""
-        settings = self.control_variate
+        settings = named_control_variate(self.control_variate)
         if settings is not None and kappa is not None:
             settings = replace(settings, kappa=kappa)
         return draw_masks(
@@ -141,7 +149,7 @@ def draw_masks(
     *,
     attention_mask: torch.Tensor | None = None,
     nonce: int = 0,
-    control_variate: ControlVariate | None = None,
+    control_variate: ControlVariate | str | None = None,
     couple_pairs: bool = False,
 ) -> MaskDraws:
     """
@@ -159,7 +167,8 @@ def draw_masks(
         rows: `(B, L)` token ids, whose content names the row. Without them the row's index does.
         attention_mask: `(B, L)`, one at real tokens, so that padding is not part of a row's content.
         nonce: another number gives other draws of the same rows; the training step, say.
-        control_variate: settings of the leave-one-out token control variate; the masks are the same, the weights not.
+        control_variate: settings of the leave-one-out token control variate, `"leave_one_out"` for the default ones,
+            or `"none"`. The masks are the same, the weights not.
         couple_pairs: let responses to one prompt share their levels, and equal tokens at equal places their fate. Each
             response's draws keep their distribution; the noise that two responses share leaves their difference.
 
@@ -167,8 +176,11 @@ def draw_masks(
         [`MaskDraws`] on the device of `maskable`.
 
     Raises:
-        ValueError: unknown scheme, K < 1, `couple_pairs` without `rows`, or a row in which nothing is maskable.
+        ValueError: unknown scheme or control variate, K < 1, `couple_pairs` without `rows`, shapes that differ, or a
+            row in which nothing is maskable.
     """
+    check_shapes(maskable, rows=rows, attention_mask=attention_mask)
+    settings = named_control_variate(control_variate)
     if num_mc_samples < 1:
         raise ValueError(f"`num_mc_samples` must be at least 1, got {num_mc_samples}.")
     if scheme not in SCHEMES:
@@ -191,10 +203,22 @@ def draw_masks(
     masked, inclusion = SCHEMES[scheme].make(level, noise, maskable)
     masked, inclusion = (x.flatten(0, 1)[:num_mc_samples] for x in (masked, inclusion))  # (K, B, L) and (K, B)
     scale = 1 / (inclusion.double() * num_mc_samples)
-    if control_variate is None:
+    if settings is None:
         return MaskDraws(masked, (scale.unsqueeze(-1) * masked).float(), size)
-    control = Control(control_variate, masked, maskable, scale, inclusion.double(), size)
+    control = Control(settings, masked, maskable, scale, inclusion.double(), size)
     return MaskDraws(masked, control.weight().float(), size, control)
+
+
+def check_shapes(maskable: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """Refuse a `maskable` that is not `(B, L)`, and others of another shape, which torch might broadcast."""
+    if maskable.dim() != 2:
+        raise ValueError(f"`maskable` must be (B, L), rows by positions, got {tuple(maskable.shape)}.")
+    for name, other in others.items():
+        if other is not None and other.shape != maskable.shape:
+            raise ValueError(
+                f"`{name}` is {tuple(other.shape)} and `maskable` {tuple(maskable.shape)}: both must be (B, L), for "
+                "the same rows."
+            )
 
 
 def _levels(key: torch.Tensor, unit: torch.Tensor, stratify: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .draws import MaskDraws
+from .draws import MaskDraws, check_shapes
 
 
 class NonFiniteError(ValueError):
@@ -34,7 +34,7 @@ class NonFiniteError(ValueError):
         self.row, self.draw = row, draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ELBO:
     """
     An estimate of the ELBO of B responses.
@@ -53,7 +53,10 @@ class ELBO:
     draws_per_unit: int = 1
     control: torch.Tensor | None = None
     kappa: float = 0.0
-    log_probs: torch.Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
+    log_probs: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __repr__(self) -> str:
+        return f"ELBO(value={self.value.detach()}, standard_error={self.standard_error}, draws={len(self.samples)})"
 
     @property
     def value(self) -> torch.Tensor:
@@ -63,9 +66,9 @@ class ELBO:
     @property
     def standard_error(self) -> torch.Tensor:
         """
-        `(B,)` nats, of `value` over units of draws; NaN for a single unit.
+        `(B,)` nats, of `value` over units of draws, see [`variance_of_mean`]; NaN for a single unit.
 
-        As a rule too large when levels are stratified; with mirror pairs and an odd K a few percent too small.
+        As a rule too large when levels are stratified, since units are taken to be independent.
         """
         return variance_of_mean(self.samples, self.draws_per_unit).sqrt()
 
@@ -74,14 +77,26 @@ def variance_of_mean(samples: torch.Tensor, draws_per_unit: int = 1) -> torch.Te
     """
     Estimated variance of the mean of `samples` `(K, B)` over K, from the spread of units of draws.
 
-    With the residuals summed in each of U units, U / (U - 1) times the sum of their squares over K^2: the
-    cluster-robust variance, and the usual one where each draw is a unit. NaN for a single unit.
+    Let T_u be the sum of the n_u draws of unit u, V_u its variance, and r_u = T_u - n_u * mean its residual. Units are
+    independent, so the variance wanted is  sum_u V_u / K^2,  and
+
+        E[r_u^2]  =  V_u (1 - 2 n_u / K) + (n_u / K)^2 sum_v V_v.
+
+    That is solved for the sum, whatever the V_u are: unbiased, also where the last unit is smaller, and never negative.
+    Of two units there is one residual. It says enough if they are of one size; if not, a pair and a single draw, no
+    quadratic of three draws is unbiased and never negative, and V_u is taken to be in proportion to n_u. NaN for a
+    single unit.
     """
-    residuals = sum_units(samples - samples.mean(0), draws_per_unit) / samples.shape[0]
-    units = len(residuals)
-    if units == 1:
+    num_draws = samples.shape[0]
+    sizes = sum_units(torch.ones_like(samples), draws_per_unit)
+    squares = (sum_units(samples, draws_per_unit) - sizes * samples.mean(0)).square()
+    if len(sizes) == 1:
         return torch.full_like(samples[0], torch.nan)
-    return residuals.square().sum(0) * units / (units - 1)
+    if len(sizes) == 2:
+        return (squares / sizes).sum(0) / num_draws
+    left = 1 - 2 * sizes / num_draws
+    shared = 1 + (sizes.square() / left).sum(0) / num_draws**2
+    return (squares / left).sum(0) / (shared * num_draws**2)
 
 
 def sum_units(samples: torch.Tensor, draws_per_unit: int) -> torch.Tensor:
@@ -114,20 +129,40 @@ def elbo(
         [`ELBO`], in float32 or wider.
 
     Raises:
-        ValueError: draws that mask what is not maskable, or no mask token.
+        ValueError: no mask token, or one in the text; draws of other rows; padding that is maskable.
         NonFiniteError: a log-probability is not finite.
     """
     if mask_token_id is None:
         mask_token_id = getattr(getattr(model, "config", None), "mask_token_id", None)
     if mask_token_id is None:
         raise ValueError("`model` has no `config.mask_token_id`: pass `mask_token_id`.")
-    if bool((draws.masked & ~maskable.bool()).any()):
-        raise ValueError("`draws` mask positions that are not maskable: they were made for other rows.")
+    _check_rows(input_ids, maskable, attention_mask, draws, mask_token_id)
     log_probs = [
         _token_log_probs(model, noise_inputs(input_ids, masked, mask_token_id), input_ids, attention_mask)
         for masked in draws.masked
     ]
     return weigh(torch.stack(log_probs), draws)
+
+
+def _check_rows(input_ids, maskable, attention_mask, draws: MaskDraws, mask_token_id: int) -> None:
+    """Refuse what would be scored as something else than it is."""
+    check_shapes(maskable, input_ids=input_ids, attention_mask=attention_mask)
+    if draws.masked.shape[1:] != maskable.shape:
+        raise ValueError(
+            f"`draws` are for (B, L) = {tuple(draws.masked.shape[1:])} and `maskable` is {tuple(maskable.shape)}: they "
+            "were made for other rows. Draw with `draw_masks(maskable, ...)`."
+        )
+    if bool((draws.masked & ~maskable.bool()).any()):
+        raise ValueError("`draws` mask positions that are not maskable: they were made for other rows.")
+    real = torch.ones_like(maskable, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if bool((maskable.bool() & ~real).any()):
+        raise ValueError("`maskable` has positions that are padding in `attention_mask`: they would count as response.")
+    rows = ((input_ids == mask_token_id) & real).any(-1).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"Rows {rows} of `input_ids` contain the mask token ({mask_token_id}), which would be taken for noise "
+            "wherever a draw shows it. Give the text as it is: `elbo` hides tokens itself."
+        )
 
 
 def noise_inputs(input_ids: torch.Tensor, masked: torch.Tensor, mask_token_id: int) -> torch.Tensor:
