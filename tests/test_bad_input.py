@@ -3,6 +3,7 @@ Bad input gets an error that names the option, the value, the rule and the cure,
 training step.
 """
 
+import dataclasses
 import logging
 
 import pytest
@@ -13,7 +14,8 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from test_trainers import make_trainer
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
+from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig
+from trl_diffusion.checks.options import REFUSED
 
 
 def with_row(**row):
@@ -77,15 +79,15 @@ def test_reference_columns_of_another_run(tmp_path):
 
 
 OPTIONS = [
-    ({"num_mc_samples": 0}, "`num_mc_samples` must be at least 1, got 0"),
+    ({"num_mc_samples": 0}, "`num_mc_samples` must be an integer of at least 1, got 0"),
     ({"mask_scheme": "gaussian"}, "`mask_scheme` must be one of .*'fixed_count'.*, got 'gaussian'"),
-    ({"draws_per_forward": 0}, "`draws_per_forward` must be at least 1, got 0"),
-    ({"adapter_dtype": "int8"}, "`adapter_dtype` must be 'float32' or 'bfloat16', got 'int8'"),
-    ({"use_weighting": True}, "`use_weighting=True` has no meaning.*WPO.*Leave `use_weighting` at its default"),
-    ({"ld_alpha": 0.5}, "`ld_alpha=0.5` has no meaning.*LD-DPO"),
-    ({"padding_free": True}, "`padding_free=True` has no meaning.*exact length"),
-    ({"truncation_mode": "keep_end"}, "`truncation_mode='keep_end'` has no meaning.*dropped, never truncated"),
-    ({"activation_offloading": True}, "`activation_offloading=True` has no meaning"),
+    ({"draws_per_forward": 0}, "`draws_per_forward` must be None or an integer of at least 1, got 0"),
+    ({"adapter_dtype": "int8"}, "`adapter_dtype` must be one of .*'bfloat16'.*, got 'int8'"),
+    ({"use_weighting": True}, "`use_weighting=True` is not supported.*WPO.*Leave `use_weighting` at its default"),
+    ({"ld_alpha": 0.5}, "`ld_alpha=0.5` is not supported.*LD-DPO"),
+    ({"padding_free": True}, "`padding_free=True` is not supported.*exact length"),
+    ({"truncation_mode": "keep_end"}, "`truncation_mode='keep_end'` is not supported.*never truncated"),
+    ({"activation_offloading": True}, "`activation_offloading=True` is not supported"),
     # Of another type
     ({"num_mc_samples": 2.5}, r"`num_mc_samples` must be an integer, got 2.5 \(float\)"),
     ({"num_mc_samples": "8"}, r"`num_mc_samples` must be an integer, got '8' \(str\)"),
@@ -99,16 +101,16 @@ OPTIONS = [
     ({"mask_scheme": None}, "`mask_scheme` must be a text, got None"),
     ({"beta": "0.1"}, "`beta` must be a finite number above 0, got '0.1'"),
     # Out of range
-    ({"num_mc_samples": -1}, "`num_mc_samples` must be at least 1, got -1"),
-    ({"draws_per_forward": -3}, "`draws_per_forward` must be at least 1, got -3"),
+    ({"num_mc_samples": -1}, "`num_mc_samples` must be an integer of at least 1, got -1"),
+    ({"draws_per_forward": -3}, "`draws_per_forward` must be None or an integer of at least 1, got -3"),
     ({"draw_seed": 2**70}, "`draw_seed` must be None or an integer of 64 bits, got"),
     ({"seed": -1}, r"`seed` must be an integer in \[0, 2\*\*32\)"),
     ({"beta": 0.0}, "`beta` must be a finite number above 0, got 0.0"),
     ({"beta": -0.1}, "`beta` must be a finite number above 0, got -0.1"),
     ({"beta": float("nan")}, "`beta` must be a finite number above 0, got nan"),
-    ({"learning_rate": float("inf")}, "`learning_rate` must be a finite number of at least 0, got inf"),
+    ({"learning_rate": float("inf")}, "`learning_rate` must be a finite number, got inf"),
     ({"learning_rate": -1.0}, "`learning_rate` must be a finite number of at least 0, got -1.0"),
-    ({"max_grad_norm": float("nan")}, "`max_grad_norm` must be a finite number"),
+    ({"max_grad_norm": float("nan")}, "`max_grad_norm` must be None or a finite number"),
     ({"max_length": 1}, "`max_length` must be None or an integer of at least 2, .*got 1"),
     ({"max_length": -4}, "`max_length` must be None or an integer of at least 2, .*got -4"),
     ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be an integer of at least 1, got 0"),
@@ -120,18 +122,32 @@ OPTIONS = [
     ({"loss_type": "sgmoid"}, r"`loss_type` must be among \['sigmoid', .*got 'sgmoid'"),
     ({"loss_type": []}, r"`loss_type` must be among .*got \[\]"),
     ({"loss_type": ["sigmoid", "kto"]}, r"`loss_type` must be among .*got \['sigmoid', 'kto'\]"),
-    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "one number for each of the 2 loss types, got"),
+    (
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
+        "`loss_weights` must have the same length",
+    ),
     ({"loss_weights": [float("nan")]}, "`loss_weights` must be finite numbers and not all 0"),
     ({"loss_weights": [0.0]}, "`loss_weights` must be finite numbers and not all 0"),
     ({"f_divergence_type": "forward"}, "`f_divergence_type` must be one of .*'forward_kl'.*got 'forward'"),
     ({"elbo_gradient": "exact"}, "`elbo_gradient` must be one of .*got 'exact'"),
     # That do not go together
     ({"label_smoothing": 0.1}, r"`label_smoothing=0.1` is read by .*'robust'.*`loss_type=\['sigmoid'\]`.*leave"),
-    ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` must be 0, as it is for cross entropies.*got 0.1"),
-    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` must be None, as the policy and its reference.*got 5.0"),
+    (
+        {"label_smoothing_factor": 0.1},
+        "`label_smoothing_factor=0.1` is not supported.*would be ignored",
+    ),
+    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` is not supported.*the policy and its reference share"),
     ({"fp16": True, "elbo_gradient": "immediate"}, "`elbo_gradient='immediate'` cannot be used with `fp16=True`"),
-    ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy='group_by_length'` saves padding"),
-    ({"torch_compile": True}, "`torch_compile=True`.*is not supported: every response runs at its own length"),
+    (
+        {"train_sampling_strategy": "group_by_length"},
+        "must be 'random' or 'sequential' .grouping by length",
+    ),
+    ({"train_sampling_strategy": "shuffled"}, "`train_sampling_strategy` must be 'random' or 'sequential'"),
+    ({"torch_compile": True}, "`torch_compile=True` is not supported.*every response runs at its own length"),
+    ({"torch_compile_backend": "inductor"}, "`torch_compile_backend='inductor'` is not supported"),
+    # Any other number
+    ({"weight_decay": float("nan")}, "`weight_decay` must be a finite number, got nan"),
+    ({"ref_model_mixup_alpha": float("inf")}, "`ref_model_mixup_alpha` must be a finite number, got inf"),
 ]
 
 
@@ -143,6 +159,35 @@ OPTIONS = [
 def test_options_without_meaning(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig])
+def test_a_launcher_that_compiles_the_model(tmp_path, monkeypatch, config):
+    """`accelerate launch --dynamo_backend inductor` sets this, and nothing in the arguments."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="ACCELERATE_DYNAMO_BACKEND='INDUCTOR' has the model compiled.*Leave"):
+        config(str(tmp_path), bf16=False, use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as without the option
+    config(str(tmp_path), bf16=False, use_cpu=True)
+
+
+@pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig])
+def test_a_device_without_float64(tmp_path, monkeypatch, config):
+    monkeypatch.setattr(config, "device", torch.device("mps"))
+    with pytest.raises(ValueError, match="float64, which Apple's GPUs .MPS. do not have. Set `use_cpu=True, bf16=Fals"):
+        config(str(tmp_path), bf16=False)
+
+
+@pytest.mark.parametrize(
+    "config, absent",
+    [
+        (DiffusionVRPOConfig, set()),
+        (ELBOKTOConfig, {"use_weighting", "ld_alpha", "padding_free", "truncation_mode"}),
+    ],
+)
+def test_what_is_refused_is_an_option_of_trl(config, absent):
+    """A row of the table that names no option would refuse nothing."""
+    assert {*REFUSED} - {field.name for field in dataclasses.fields(config)} == absent
 
 
 def test_another_configuration_class(tmp_path):

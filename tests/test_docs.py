@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import options_page
 import pytest
 from test_architecture import ROOMS
 
@@ -96,19 +97,28 @@ def test_nothing_else_is_described_as_public():
 
 
 @pytest.mark.parametrize("config, field", OPTIONS, ids=[f"{c.__name__}.{f.name}" for c, f in OPTIONS])
-def test_options_are_described(config, field):
-    """In the README's table, in the command line's help, and in the docstring, with their default where it is one."""
-    (row,) = [line for line in text_of("README.md").splitlines() if line.startswith(f"| `{field.name}` |")]
+def test_options_are_described_from_their_help(config, field):
+    """The text stands once, in the field: the docstring and the page have it, with the default where it is one."""
+    text = squeezed(field.metadata["help"])
+    name = getattr(field.type, "__name__", str(field.type).split(" | ")[0])
     default = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
-    docstring = re.sub(r"\s+", " ", config.__doc__)
-    (described,) = re.findall(rf" {field.name} \(`\w+`, \*optional\*(?:, defaults to `([^`]+)`)?\)", docstring)
-    # The command line's help begins as the docstring does
-    begin = re.split(r"[.:(]", field.metadata["help"].replace('"', "'"))[0].strip()
-    assert begin and begin in docstring.replace('"', "'")
-    if field.default is None:
-        assert not described
-    else:
-        assert described == default and f"`{default}`" in row.split(" | ")[1]
+    suffix = "" if field.default is None else f", defaults to `{default}`"
+    assert squeezed(f" {field.name} (`{name}`, *optional*{suffix}): {text}") in squeezed(config.__doc__)
+    (row,) = [line for line in text_of("docs/options.md").splitlines() if line.startswith(f"| `{field.name}` | `")]
+    assert f"`{default}`" in row.split(" | ")[1] and text in squeezed(row)
+
+
+def squeezed(text):
+    return re.sub(r"\s+", " ", text.replace("'", '"'))
+
+
+def test_the_page_of_options_is_that_of_the_code():
+    assert options_page.PAGE.read_text() == options_page.page(), "python docs/options_page.py"
+
+
+def test_every_group_of_options_begins_with_one():
+    for config in CONFIGS:
+        assert set(config.groups) <= {field.name for of, field in OPTIONS if of is config}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_trainers import make_trainer
 
 from trl_diffusion import draw_masks, elbo
-from trl_diffusion.checks.options import check_types, check_values
+from trl_diffusion.checks.options import DPO_LOSS_TYPES, check_options
 from trl_diffusion.estimators.draws import MaskSampler
 from trl_diffusion.estimators.schemes import SCHEMES
 from trl_diffusion.scoring.head import ELBOHead
@@ -153,18 +153,19 @@ VALUES = st.one_of(
 )
 
 
-@given(st.sampled_from(["beta", "max_length", "draw_seed", "per_device_train_batch_size", "label_smoothing"]), VALUES)
+NUMBERS = ["beta", "max_length", "draw_seed", "per_device_train_batch_size", "label_smoothing", "num_mc_samples"]
+
+
+@given(st.sampled_from(NUMBERS), VALUES)
 @settings(max_examples=200)
-def test_option_checks_refuse_or_accept_and_never_break(name, value):
+def test_option_checks_refuse_or_accept_and_never_break(folder, name, value):
+    from trl_diffusion import DiffusionVRPOConfig
     from trl_diffusion.trainers.arguments import ELBOArguments
 
-    args = ELBOArguments()
-    args.train_sampling_strategy = "random"
-    args.torch_compile = args.torch_compile_backend = args.torch_compile_mode = None
+    args = DiffusionVRPOConfig(str(folder), bf16=False, use_cpu=True, loss_type="robust")
     setattr(args, name, value)
     try:
-        check_types(args, ELBOArguments)
-        check_values(args)
+        check_options(args, DPO_LOSS_TYPES, ELBOArguments)
     except ValueError as error:
         assert f"`{name}`" in str(error) and repr(value) in str(error)
     else:

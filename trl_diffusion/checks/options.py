@@ -1,15 +1,17 @@
 """
-Values of options that make no run, refused when the configuration is made.
+Values of options that make no run, refused when the configuration is made, before anything is loaded.
 
-TRL and transformers meet most of them too, but late, under another name, or not at all: a NaN `beta` trains on NaN
-gradients, and an unknown `loss_type` is noticed at the first step, when the model is loaded and the reference scored.
+Of what stands here TRL and transformers refuse nothing as early. A NaN `beta` trains on NaN gradients, a `padding_free`
+is ignored, and an unknown `loss_type` is noticed at the first step, when the model is loaded and the reference scored.
 """
 
-import dataclasses
 import math
+import os
+from collections.abc import Callable
+from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 # Every loss type of TRL's trainers; tests/test_trl_contract.py holds these lists to TRL's own
 DPO_LOSS_TYPES = (
@@ -19,80 +21,136 @@ DPO_LOSS_TYPES = (
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # what reads `label_smoothing`
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+_COMPILED = "every response runs at its own length, so that nearly every forward would be compiled anew"
 
 _KINDS = {int: (Integral, "an integer"), float: (Real, "a number"), bool: (bool, "True or False"), str: (str, "a text")}
 
-# Option: test of its value, and the rule in words. An option that a configuration lacks is not tested.
-_RULES = {
-    "beta": (lambda v: _finite(v) and v > 0, "a finite number above 0"),
-    "learning_rate": (lambda v: _finite(v) and v >= 0, "a finite number of at least 0"),
-    "max_grad_norm": (lambda v: v is None or (_finite(v) and v >= 0), "a finite number of at least 0"),
-    "per_device_train_batch_size": (lambda v: _integer(v, 1), "an integer of at least 1"),
-    "per_device_eval_batch_size": (lambda v: _integer(v, 1), "an integer of at least 1"),
-    "gradient_accumulation_steps": (lambda v: _integer(v, 1), "an integer of at least 1"),
-    "max_length": (
-        lambda v: v is None or _integer(v, 2),
-        "None or an integer of at least 2, for prompt and completion",
+
+class Rule(NamedTuple):
+    """Whether a value means something, and in words which do."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _at_least(low: float) -> Rule:
+    return Rule(lambda v: _is_a(v, Real) and v >= low, f"a finite number of at least {low}")
+
+
+def _count(low: int, end: int | None = None, words: str = "") -> Rule:
+    holds = lambda v: _is_a(v, Integral) and v >= low and (end is None or v < end)  # noqa: E731
+    return Rule(holds, words or f"an integer of at least {low}")
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(lambda v: v is None or rule.holds(v), f"None or {rule.words}")
+
+
+# What an option may be, where a configuration has it
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("num_mc_samples", "num_reference_draw_sets"), _count(1)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _count(1)),
+    "gradient_accumulation_steps": _count(1),
+    "draws_per_forward": _optional(_count(1)),
+    "max_length": _optional(_count(2, words="an integer of at least 2, for prompt and completion")),
+    "pad_to_multiple_of": Rule(lambda v: not isinstance(v, int) or v >= 1, "None or an integer of at least 1"),
+    "beta": Rule(lambda v: _is_a(v, Real) and v > 0, "a finite number above 0"),
+    **dict.fromkeys(("learning_rate", "desirable_weight", "undesirable_weight"), _at_least(0)),
+    "max_grad_norm": _optional(_at_least(0)),
+    "label_smoothing": Rule(
+        lambda v: _is_a(v, Real) and 0 <= v < 0.5, "in [0, 0.5), above which it turns preferences round"
     ),
-    "pad_to_multiple_of": (lambda v: not isinstance(v, int) or v >= 1, "None or an integer of at least 1"),
-    "label_smoothing": (lambda v: _finite(v) and 0 <= v < 0.5, "in [0, 0.5), above which it turns preferences round"),
-    "desirable_weight": (lambda v: _finite(v) and v >= 0, "a finite number of at least 0"),
-    "undesirable_weight": (lambda v: _finite(v) and v >= 0, "a finite number of at least 0"),
-    "label_smoothing_factor": (
-        lambda v: v == 0,
-        "0, as it is for cross entropies and would be ignored (`label_smoothing` is for wrong preferences)",
+    "ema_decay": Rule(lambda v: _is_a(v, Real) and 0 <= v < 1, "in [0, 1)"),
+    "f_divergence_type": Rule(lambda v: getattr(v, "value", v) in _DIVERGENCES, f"one of {list(_DIVERGENCES)}"),
+    "train_sampling_strategy": Rule(
+        lambda v: v in ("random", "sequential"),
+        "'random' or 'sequential' (grouping by length saves padding, of which there is none)",
     ),
-    "neftune_noise_alpha": (
-        lambda v: v is None,
-        "None, as the policy and its reference share the embeddings and would each get noise of its own",
-    ),
-    "f_divergence_type": (lambda v: getattr(v, "value", v) in _DIVERGENCES, f"one of {list(_DIVERGENCES)}"),
-    "seed": (lambda v: _integer(v, 0, 2**32), "an integer in [0, 2**32), as numpy's generator has it"),
-    "draw_seed": (lambda v: v is None or _integer(v, -(2**63), 2**63), "None or an integer of 64 bits"),
+    "seed": _count(0, 2**32, "an integer in [0, 2**32), as numpy's generator has it"),
+    "draw_seed": _optional(_count(-(2**63), 2**63, "an integer of 64 bits")),
+}
+
+# Options of TRL and transformers that have no meaning here: any value but the default is refused, and why
+REFUSED = {
+    "use_weighting": "WPO weighs a pair by the probability of each token in its left context, of which there is none",
+    "ld_alpha": "LD-DPO discounts the log-probabilities of late tokens; an ELBO is one number for a response, and its "
+    "terms are not conditionals from left to right",
+    "padding_free": "responses already run at their exact length, without padding",
+    "truncation_mode": "examples longer than `max_length` are dropped and counted, never truncated",
+    "activation_offloading": "activations are recomputed, not kept, between the forward and the backward",
+    "neftune_noise_alpha": "the policy and its reference share the embeddings, and would each get noise of its own",
+    "label_smoothing_factor": "it is for cross entropies, and would be ignored; `label_smoothing` is for preferences "
+    "that may be wrong",
+    **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
 }
 
 
-def check_types(args: Any, owner: type) -> None:
+def check_options(args: Any, loss_types: tuple[str, ...], *owners: type) -> None:
     """
-    Refuse values of another type than the one that `owner`, a dataclass among the bases of `args`, gives its options.
+    Refuse what makes no run, or another one than was asked for.
 
-    `"False"` would be true, and 2.5 draws fail in the middle of the first forward.
+    Args:
+        args: the configuration, before TRL has seen it.
+        loss_types: those of its trainer.
+        owners: dataclasses among its bases, of whose own options types and choices are checked too. `"False"` would
+            be true, and 2.5 draws fail in the middle of the first forward.
     """
-    own = vars(owner).get("__annotations__", {})
-    hints = get_type_hints(owner)
-    for field in dataclasses.fields(owner):
+    for owner in owners:
+        _check_types(args, owner)
+    _check_values(args)
+    _check_losses(args, loss_types)
+    # As accelerate reads it; `accelerate launch --dynamo_backend` and `dynamo_config` in a file set it
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND={backend!r} has the model compiled, and {_COMPILED}. Leave `--dynamo_backend` "
+            "out of `accelerate launch`, and `dynamo_config` out of its file."
+        )
+
+
+def check_device(kind: str) -> None:
+    """Refuse a device without float64, in which masks are drawn and their weights computed."""
+    if kind == "mps":
+        raise ValueError(
+            "Masks are drawn in float64, which Apple's GPUs (MPS) do not have. Set `use_cpu=True, bf16=False`."
+        )
+
+
+def _check_types(args: Any, owner: type) -> None:
+    own, hints = vars(owner).get("__annotations__", {}), get_type_hints(owner)
+    for field in fields(owner):
         if field.name not in own:
             continue
         value, wanted = getattr(args, field.name), get_args(hints[field.name]) or (hints[field.name],)
         if value is None and NoneType in wanted:
             continue
         kinds = [_KINDS[kind] for kind in wanted if kind in _KINDS]
-        if kinds and not any(_is_a(value, kind) for kind, _ in kinds):
+        if not any(_is_a(value, kind) for kind, _ in kinds):
             rule = " or ".join([*(words for _, words in kinds), *(["None"] if NoneType in wanted else [])])
             raise ValueError(f"`{field.name}` must be {rule}, got {value!r} ({type(value).__name__}).")
+        choices = field.metadata.get("choices", [value])
+        if value not in choices:
+            raise ValueError(f"`{field.name}` must be one of {choices}, got {value!r}.")
 
 
-def check_values(args: Any) -> None:
-    """Refuse values outside the range in which an option means something."""
-    for name, (holds, rule) in _RULES.items():
-        if hasattr(args, name) and not holds(getattr(args, name)):
-            raise ValueError(f"`{name}` must be {rule}, got {getattr(args, name)!r}.")
+def _check_values(args: Any) -> None:
+    for field in fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if name in RULES and not RULES[name].holds(value):
+            raise ValueError(f"`{name}` must be {RULES[name].words}, got {value!r}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+        if name in REFUSED and value not in (field.default, None):
+            raise ValueError(
+                f"`{name}={value!r}` is not supported for masked diffusion models: {REFUSED[name]}. Leave `{name}` at "
+                f"its default, {field.default!r}."
+            )
     if getattr(args, "desirable_weight", 1) == 0 and args.undesirable_weight == 0:
         raise ValueError("`desirable_weight` and `undesirable_weight` are both 0, so nothing is learnt. Raise one.")
-    if args.train_sampling_strategy == "group_by_length":
-        raise ValueError(
-            "`train_sampling_strategy='group_by_length'` saves padding, and responses run at their exact length, "
-            "without padding. Leave it at 'random'."
-        )
-    if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
-        raise ValueError(
-            f"`torch_compile={args.torch_compile}` (or its backend or mode) is not supported: every response runs at "
-            "its own length, so that nearly every forward would be compiled anew. Leave it out."
-        )
 
 
-def check_loss_types(args: Any, known: tuple[str, ...]) -> None:
-    """Refuse unknown loss types, weights that cannot weigh them, and smoothing that none of them does."""
+def _check_losses(args: Any, known: tuple[str, ...]) -> None:
+    """Unknown loss types, weights that cannot weigh them, and smoothing that none of them does."""
     given = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type or ())
     unknown = [name for name in given if name not in known]
     if unknown or not given:
@@ -104,14 +162,8 @@ def check_loss_types(args: Any, known: tuple[str, ...]) -> None:
             f"`loss_type={args.loss_type!r}`. For preferences that may be wrong take `loss_type='robust'`, or leave "
             "`label_smoothing` at 0."
         )
-    weights = getattr(args, "loss_weights", None)
-    if weights is None:
-        return
-    if len(weights) != len(given):
-        raise ValueError(
-            f"`loss_weights` must have one number for each of the {len(given)} loss types, got {list(weights)!r}."
-        )
-    if not all(_finite(weight) for weight in weights) or not any(weights):
+    weights = getattr(args, "loss_weights", None)  # how many there are is TRL's to check
+    if weights is not None and not (all(map(_is_finite, weights)) and any(weights)):
         raise ValueError(f"`loss_weights` must be finite numbers and not all 0, got {list(weights)!r}.")
 
 
@@ -119,9 +171,5 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return _is_a(value, Real) and math.isfinite(value)
-
-
-def _integer(value: Any, low: int, end: int | None = None) -> bool:
-    return _is_a(value, Integral) and value >= low and (end is None or value < end)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..checks.options import check_types, check_values
+from ..checks.options import check_device, check_options
 from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
 from ..estimators.schemes import SCHEMES
@@ -20,20 +20,27 @@ class ELBOArguments:
 
     # What a difference of an option means to a run that is resumed
     differences: ClassVar[dict[str, Difference | None]] = DIFFERENCES
+    # The first option of each group, and what the group controls
+    groups: ClassVar[dict[str, str]] = {
+        "num_mc_samples": "the estimator",
+        "num_reference_draw_sets": "the reference",
+        "draws_per_forward": "the memory",
+        "append_eos": "the data",
+    }
 
-    # Parameters that control the estimator
     num_mc_samples: int = field(
         default=8,
         metadata={
-            "help": "Number of mask draws per response in one estimate of its ELBO. Cost grows linearly with it."
+            "help": "Number of mask draws per response in one estimate of its ELBO (K). Cost grows linearly with it, "
+            "memory does not."
         },
     )
     mask_scheme: str = field(
         default="mirror",
         metadata={
             "help": "How a response is masked: `'mirror'` makes pairs of draws, the second of which masks what the "
-            "first shows; `'fixed_count'` masks a uniformly drawn number of tokens; `'bernoulli'` masks each token "
-            "with a uniformly drawn probability. All are unbiased, in the order of their variance.",
+            "first shows; `'fixed_count'` masks a uniformly drawn number of tokens (VRPO eq. 14); `'bernoulli'` masks "
+            "each token with a uniformly drawn probability (eq. 12). All are unbiased, in the order of their variance.",
             "choices": sorted(SCHEMES),
         },
     )
@@ -58,15 +65,16 @@ class ELBOArguments:
         default=False,
         metadata={
             "help": "Whether responses to one prompt have the same mask levels, and the same tokens masked where they "
-            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Only "
-            "of use where a batch holds both responses of a pair."
+            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Of "
+            "use where a batch holds both responses of a pair; turn it off where it holds many responses to one "
+            "prompt, whose noise would then add up."
         },
     )
     share_draws: bool = field(
         default=True,
         metadata={
-            "help": "Whether the policy and the reference are scored on the same masks (the 'antithetic sampling' of "
-            "VRPO). Turning it off is for ablations."
+            "help": "Whether the policy and the reference are scored on the same masks (what VRPO calls "
+            "antithetic sampling). Turning it off is for ablations."
         },
     )
     draw_seed: int | None = field(
@@ -74,7 +82,6 @@ class ELBOArguments:
         metadata={"help": "Seed of the mask draws. Defaults to `seed`."},
     )
 
-    # Parameters that control the reference
     num_reference_draw_sets: int = field(
         default=1,
         metadata={
@@ -83,7 +90,6 @@ class ELBOArguments:
         },
     )
 
-    # Parameters that control the memory
     draws_per_forward: int | None = field(
         default=None,
         metadata={
@@ -112,7 +118,6 @@ class ELBOArguments:
         },
     )
 
-    # Parameters that control the data
     append_eos: bool = field(
         default=True,
         metadata={
@@ -122,29 +127,20 @@ class ELBOArguments:
         },
     )
 
-    def check_elbo_arguments(self) -> None:
-        """Refuse values that make no estimator, or no run."""
-        check_types(self, ELBOArguments)
-        check_values(self)
-        if self.num_mc_samples < 1:
-            raise ValueError(f"`num_mc_samples` must be at least 1, got {self.num_mc_samples}. The default is 8.")
-        if self.mask_scheme not in SCHEMES:
-            raise ValueError(f"`mask_scheme` must be one of {sorted(SCHEMES)}, got {self.mask_scheme!r}.")
+    def check_before(self, loss_types: tuple[str, ...], *owners: type) -> None:
+        """Refuse values that make no estimator, or no run; before TRL's own `__post_init__` acts on them."""
+        check_options(self, loss_types, ELBOArguments, *owners)
         self._check_control_variate()
-        if self.draws_per_forward is not None and self.draws_per_forward < 1:
-            raise ValueError(f"`draws_per_forward` must be at least 1, got {self.draws_per_forward}.")
-        if self.elbo_gradient not in GRADIENT_MODES:
-            raise ValueError(f"`elbo_gradient` must be one of {GRADIENT_MODES}, got {self.elbo_gradient!r}.")
+        self._check_reference_draw_sets()
         if self.elbo_gradient == "immediate":
             self._check_immediate()
-        self._check_reference_draw_sets()
-        if self.adapter_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`adapter_dtype` must be 'float32' or 'bfloat16', got {self.adapter_dtype!r}.")
+
+    def check_after(self) -> None:
+        """Refuse what is known when `__post_init__` of transformers has run: the device."""
+        check_device(self.device.type)  # type: ignore[attr-defined]
 
     def _check_reference_draw_sets(self) -> None:
         sets = self.num_reference_draw_sets
-        if sets < 1:
-            raise ValueError(f"`num_reference_draw_sets` must be at least 1, got {sets}. The default is 1.")
         if sets > 1 and not getattr(self, "precompute_ref_log_probs", False):
             raise ValueError(
                 f"`num_reference_draw_sets={sets}` is for `precompute_ref_log_probs=True`; a reference that is scored "
@@ -173,10 +169,6 @@ class ELBOArguments:
             )
 
     def _check_control_variate(self) -> None:
-        if self.control_variate not in CONTROL_VARIATES:
-            raise ValueError(
-                f"`control_variate` must be one of {list(CONTROL_VARIATES)}, got {self.control_variate!r}."
-            )
         if self.control_variate != "adaptive":
             return
         if getattr(self, "precompute_ref_log_probs", False):
