@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 
 from trl_diffusion import LLaDAConfig, LLaDAModelLM, MaskSampler, elbo
-from trl_diffusion.models.family import FAMILIES
+from trl_diffusion.models.llada.family import LLADA
 from trl_diffusion.scoring.head import ELBOHead
 
 # LLaDA-8B's proportions: the feed-forward layer three times the width, the head 7% of the layers' products
@@ -54,7 +54,7 @@ BASE = "naive, layer checkpointing"
 def make_model():
     torch.manual_seed(0)
     config = LLaDAConfig(**SIZES, mask_token_id=1, pad_token_id=0, eos_token_id=0)
-    lora = LoraConfig(r=16, target_modules=FAMILIES["llada"].lora_target_modules)
+    lora = LoraConfig(r=16, target_modules=LLADA.lora_target_modules)
     return get_peft_model(LLaDAModelLM(config), lora).train()
 
 

@@ -5,14 +5,14 @@ The law: what a family says of its chat template, its mask token and its attenti
 import pytest
 import torch
 from conftest import HUB_TEMPLATE, make_model, make_tokenizer
-from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
 
 from trl_diffusion.models.chat_template import use_training_template
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
-from trl_diffusion.models.family import FAMILIES, Family, family_of
+from trl_diffusion.models.families import family_of
+from trl_diffusion.models.family import Family
+from trl_diffusion.models.llada.family import LLADA
 
-LLADA = FAMILIES["llada"]
 USER, OTHER_USER = {"role": "user", "content": "what is two"}, {"role": "user", "content": "  say hi \n"}
 SYSTEM = {"role": "system", "content": "red green"}
 ANSWER, OTHER_ANSWER = {"role": "assistant", "content": "two is two"}, {"role": "assistant", "content": " hi \n"}
@@ -173,19 +173,6 @@ def test_a_model_without_a_head_is_refused():
         check_denoiser(BertModel(make_bert().config), 2)
     with pytest.raises(ValueError, match="`LLaDAModel` has no output head"):
         check_denoiser(make_model().model, 2)
-
-
-@pytest.mark.parametrize(
-    ("make", "targets"),
-    [(make_model, ["q_proj", "ff_out"]), (lambda: make_llama(is_causal=False), ["q_proj", "lm_head"])],
-    ids=["llada", "llama"],
-)
-def test_an_adapter_on_the_head_is_refused(make, targets):
-    adapted = get_peft_model(make(), LoraConfig(target_modules=targets))
-    with pytest.raises(ValueError, match=r"adapter wraps the output head.*`target_modules`"):
-        check_denoiser(adapted.get_base_model(), 2)
-    without_head = get_peft_model(make(), LoraConfig(target_modules=["q_proj"]))
-    check_denoiser(without_head.get_base_model(), 2)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -14,7 +14,7 @@ from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from trl_diffusion.models.family import FAMILIES
+from trl_diffusion.models.llada.family import LLADA
 
 MASK, EOS, PAD = 2, 0, 0
 # Lengths and contents differ; no mask token; the first pair differs in its last token only
@@ -309,7 +309,7 @@ def test_the_call_that_trl_makes():
 
 
 def make_adapted(dropout=0.0):
-    config = LoraConfig(r=2, target_modules=FAMILIES["llada"].lora_target_modules, lora_dropout=dropout)
+    config = LoraConfig(r=2, target_modules=LLADA.lora_target_modules, lora_dropout=dropout)
     adapted = get_peft_model(make_model(), config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():

@@ -15,13 +15,13 @@ from test_trainers import LOSS_TYPES, assert_same_gradients, make_trainer
 from transformers import TrainerCallback
 
 from trl_diffusion import DiffusionVRPOConfig, MaskSampler, elbo
-from trl_diffusion.models.family import FAMILIES
+from trl_diffusion.models.llada.family import LLADA
 from trl_diffusion.scoring import head
 from trl_diffusion.scoring.gradients import choose_gradient_mode
 from trl_diffusion.trainers.elbo_kto.baselines import BASELINES
 
 MODES = ("immediate", "checkpoint", "graph")
-TARGETS = FAMILIES["llada"].lora_target_modules
+TARGETS = LLADA.lora_target_modules
 
 
 def lora(**options):

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_diffusion import MaskSampler, elbo
-from trl_diffusion.models.family import FAMILIES, Family
+from trl_diffusion.models import families
+from trl_diffusion.models.family import Family
 from trl_diffusion.scoring.head import ELBOHead, add_elbo_head, on_draws
 
 
@@ -91,7 +92,7 @@ def test_logit_shift(model, monkeypatch):
         return output
 
     monkeypatch.setattr(model.model, "forward", early)
-    monkeypatch.setitem(FAMILIES, "llada", Family(logit_shift=1))
+    monkeypatch.setattr(families, "FAMILIES", [Family(model_types=("llada",), logit_shift=1)])
     torch.testing.assert_close(scored(model, batch).log_probs, expected)
 
 

@@ -12,10 +12,14 @@ import re
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from conftest import make_model
 from llada_reference import inverse_frequencies, llada_hidden_states, llada_logits, rotary_angles, rotate, split_heads
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_forked
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,8 +27,9 @@ from transformers.utils import logging
 
 from trl_diffusion import LLaDAConfig, LLaDAModelLM
 from trl_diffusion.models import LLaDAModel
-from trl_diffusion.models.family import FAMILIES
 from trl_diffusion.models.llada.configuration_llada import _ONLY_IMPLEMENTED
+from trl_diffusion.models.llada.family import LLADA
+from trl_diffusion.models.llada.modeling_llada import rotation
 
 VARIANTS = {
     "default": {},
@@ -436,11 +441,55 @@ def test_shards(tmp_path, variant):
 
 @pytest.mark.parametrize("theta", [500000.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loading_from_meta_fills_the_rotary_frequencies(tmp_path, dtype, theta):
+def test_a_loaded_model_turns_by_the_published_angles(tmp_path, dtype, theta):
+    """Models are built on the meta device before they are loaded: nothing that was computed there may be used."""
     loaded = reload(make_varied(rope_theta=theta), tmp_path, dtype=dtype)
-    inv_freq = loaded.model.rotary_emb.inv_freq
-    assert inv_freq.dtype == torch.float32
-    torch.testing.assert_close(inv_freq, inverse_frequencies(loaded.config), rtol=1e-6, atol=0)
+    positions = torch.arange(400).unsqueeze(0)
+    turns = rotation(loaded.config, positions)
+    angles = positions.double().unsqueeze(-1) * inverse_frequencies(loaded.config).double().repeat(2)
+    assert turns.cos.dtype == turns.sin.dtype == torch.float32
+    # Angles up to 399 are rounded to 400 * 2^-24 in float32, and so are the frequencies that they are multiples of
+    torch.testing.assert_close(turns.cos.double(), angles.cos(), rtol=0, atol=400 * 2**-22)
+    torch.testing.assert_close(turns.sin.double(), angles.sin(), rtol=0, atol=400 * 2**-22)
+
+
+def test_a_cast_there_and_back_rounds_the_weights_and_nothing_else():
+    model, rounded = make_varied(), make_varied()
+    for parameter in rounded.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    assert_same_function(model.to(torch.bfloat16).to(torch.float32), rounded, random_ids(1, 400))
+
+
+def run_under_fsdp_in_bfloat16(folder):
+    """Layers sharded each on its own, as accelerate does, with TRL's default precision; what turns queries is kept."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    model, seen = make_varied(), []
+    for layer in model.model.transformer["blocks"]:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["rotation"]), with_kwargs=True)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.model.transformer["blocks"], model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    cast = []
+    for layer in model.model.transformer["blocks"]:
+        layer.register_forward_pre_hook(lambda _, args, kwargs: cast.append((args, kwargs)), with_kwargs=True)
+    model(input_ids=random_ids(1, 40))
+    assert cast[0][0][0].dtype == torch.bfloat16  # FSDP has cast what it finds
+    expected = rotation(model.config, torch.arange(40).unsqueeze(0))
+    for turns in (*seen, *(kwargs["rotation"] for _, kwargs in cast)):
+        assert torch.equal(turns.cos, expected.cos) and torch.equal(turns.sin, expected.sin)
+        assert turns.cos.dtype == torch.float32
+    assert len(seen) == len(cast) == 2
+    (folder / "done").touch()
+
+
+def test_angles_reach_the_layers_in_float32_whatever_wraps_them(tmp_path):
+    codes = run_forked(run_under_fsdp_in_bfloat16, tmp_path, folder=tmp_path, environment={"RANK": 0, "WORLD_SIZE": 1})
+    assert codes == [0], (tmp_path / "rank0.log").read_text()
+    assert (tmp_path / "done").exists()
+    turns = rotation(make_varied().config, torch.arange(9).unsqueeze(0))
+    there = send_to_device({"rotation": turns}, torch.device("meta"))["rotation"]  # accelerate's, between two devices
+    assert there.cos.device.type == there.sin.device.type == "meta"
 
 
 @pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)])
@@ -587,7 +636,7 @@ def test_other_names_of_a_field_are_the_field():
 
 def make_adapted(**overrides):
     """An adapter on the family's default modules, with weights that matter."""
-    targets = FAMILIES["llada"].lora_target_modules
+    targets = LLADA.lora_target_modules
     peft_model = get_peft_model(make_varied(**overrides), LoraConfig(r=2, lora_alpha=4, target_modules=targets))
     generator = torch.Generator().manual_seed(3)
     for name, parameter in peft_model.named_parameters():

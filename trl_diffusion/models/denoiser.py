@@ -1,21 +1,26 @@
 """Whether a model can be scored as a masked diffusion model: its mask token, its attention and its head, tried."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .llada.modeling_llada import LLaDAPreTrainedModel
+from .families import family_of, refuse_unscored
+from .logits import acts_by_its_weight, hidden_states, logits_of, logits_of_weight, transformed
 
 
 def resolve_mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
     """
-    The token that stands for a masked position: the model's, or else the tokenizer's.
+    The token that stands for a masked position: the model's, or else the tokenizer's, or else the family's.
 
     Raises:
         ValueError: neither has one, they differ, or it is the padding token or outside the vocabulary.
     """
     of_model = getattr(config, "mask_token_id", None)
     of_tokenizer = getattr(tokenizer, "mask_token_id", None)
-    mask_token_id = of_tokenizer if of_model is None else of_model
+    of_family = family_of(config).mask_token_id
+    mask_token_id = next((token for token in (of_model, of_tokenizer, of_family) if token is not None), None)
     if mask_token_id is None:
         raise ValueError(
             f"Neither the model (model_type={config.model_type!r}) nor the tokenizer has a mask token, so this is not "
@@ -40,9 +45,16 @@ def resolve_mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokeniz
     return mask_token_id
 
 
-def has_adapter(module: torch.nn.Module | None) -> bool:
-    """Whether PEFT wraps this layer."""
-    return hasattr(module, "base_layer")
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @torch.no_grad()
@@ -51,36 +63,58 @@ def check_denoiser(model: PreTrainedModel, mask_token_id: int) -> None:
     Refuse a model that cannot be scored as a masked diffusion model, by trying it on eight tokens.
 
     Raises:
-        ValueError: attention is causal, or the logits are not the output head applied to the last hidden state.
+        ValueError: its family has another ELBO, attention is causal, or the logits are not what the family says of the
+            last hidden state.
     """
-    head, backbone = model.get_output_embeddings(), model.base_model
-    name = type(model).__name__
-    if head is None or backbone is model:
+    refuse_unscored(model.config)
+    head, name = model.get_output_embeddings(), type(model).__name__
+    if head is None or model.base_model is model:
         raise ValueError(f"`{name}` has no output head over a backbone, so it has no token log-probabilities.")
-    if has_adapter(head):
-        raise ValueError(
-            f"An adapter wraps the output head of `{name}`. Log-probabilities are computed from the head's own weight, "
-            "so the adapter would not be trained. Remove the head from `target_modules` (on LLaDA the name `ff_out` "
-            "matches it: leave `target_modules` unset)."
-        )
-    if isinstance(model, LLaDAPreTrainedModel) or head.weight.is_meta or head.weight.numel() == 0:
-        return  # our own class, or weights that are not here (ZeRO-3)
-    was_training = model.training
-    model.eval()
-    device = backbone.get_input_embeddings().weight.device
-    tokens = (mask_token_id + 1 + torch.arange(8, device=device)).remainder(model.config.vocab_size).unsqueeze(0)
+    if _is_elsewhere(model):
+        return
+    tokens = _trial_tokens(model, mask_token_id)
     changed = tokens.clone()
     changed[:, -1] = mask_token_id
-    logits, after_change = (model(input_ids=ids).logits.float() for ids in (tokens, changed))
-    projected = head(backbone(input_ids=tokens).last_hidden_state).float()
-    model.train(was_training)
+    with evaluating(model):
+        logits, after_change = (model(input_ids=ids).logits.float() for ids in (tokens, changed))
+        hidden = hidden_states(model, tokens)
+        _check_logits(model, hidden, logits)
     if torch.equal(logits[:, 0], after_change[:, 0]):
         raise ValueError(
             f"`{name}` attends causally: its prediction for the first token does not change with the last. Masked "
             "diffusion models see both sides; for a Llama-like architecture set `model.config.is_causal = False`."
         )
-    if not torch.allclose(logits, projected, rtol=1e-3, atol=1e-3):
+
+
+def _is_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether weights are not here, and no hook of the layer brings them: on the meta device, or ZeRO-3's shards."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(layer, "weight", None) for layer in layers if "forward" not in vars(layer)]
+    return any(weight is not None and (weight.is_meta or weight.numel() == 0) for weight in weights)
+
+
+def _trial_tokens(model: PreTrainedModel, mask_token_id: int) -> torch.Tensor:
+    """`(1, 8)` different tokens, none of them the mask."""
+    device = model.get_input_embeddings().weight.device
+    tokens = (mask_token_id + 1 + torch.arange(8)).remainder(model.config.vocab_size).unsqueeze(0)
+    return tokens if device.type == "meta" else tokens.to(device)
+
+
+def _check_logits(model: PreTrainedModel, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    """Masked positions are scored alone, from their hidden states: that has to give what the whole model gives."""
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if not _close(logits_of(model, hidden), logits):
         raise ValueError(
             f"The logits of `{name}` are not its output head applied to the last hidden state, so masked positions "
-            "cannot be scored alone. See docs/adding-a-model.md."
+            "cannot be scored alone. What lies between them is a fact of its family: see docs/adding-a-model.md."
         )
+    if acts_by_its_weight(head) and not _close(logits_of_weight(model, transformed(model, hidden)), logits):
+        raise ValueError(
+            f"The output head of `{name}` is a `{type(head).__name__}` that does not answer with its input times its "
+            "weight, so something else is hooked to it. Remove the hook, or put what it does into a `forward` of its "
+            "own."
+        )
+
+
+def _close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    return torch.allclose(logits.to(expected.device).float(), expected, rtol=1e-3, atol=1e-3)

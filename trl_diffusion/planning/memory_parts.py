@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from ..scoring.gradients import trainable_parameters
-from ..scoring.head import VOCABULARY_TILE
+from ..scoring.output_head import VOCABULARY_TILE
 
 _LOGITS_BLOCK = 4096  # rows of logits that TRL's kernel computes together
 _NF4_BLOCK, _NF4_BLOCKS_PER_SCALE = 64, 256  # bitsandbytes: weights per scale, scales per scale of scales

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from ..models.family import family_of
+from ..models.families import family_of
 
 
 def fitting_get_peft_model(get_peft_model: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
@@ -90,8 +90,7 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
     Warns of every requested name that matches no layer, or only some of the blocks.
 
     Raises:
-        ValueError: the output head would be wrapped (scores are computed from its weight, so it would not train), or
-            the method prepends virtual tokens.
+        ValueError: the method prepends virtual tokens.
     """
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -107,16 +106,7 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
     if targets is None or targets == "all-linear":
         return peft_config
     names = [name for name, _ in model.named_modules() if name]
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    matched = _matches(names, targets)
-    wrapping_head = [target for target, found in matched.items() if head in found]
-    if wrapping_head:
-        raise ValueError(
-            f"`target_modules` {wrapping_head} also match the output head `{head}`, whose adapter would not be "
-            "trained: scores are computed from the head's own weight. Leave `target_modules` unset, or use a pattern "
-            f"such as {family_of(model.config).lora_target_modules!r}."
-        )
-    _warn_of_partial_matches(matched, num_blocks=getattr(model.config, "num_hidden_layers", 1))
+    _warn_of_partial_matches(_matches(names, targets), num_blocks=getattr(model.config, "num_hidden_layers", 1))
     return peft_config
 
 

@@ -19,13 +19,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..estimators.draws import MaskDraws
 from ..estimators.elbo import ELBO, noise_inputs, weigh
-from ..models.family import family_of
-from .door import ChunkedLogProbFunction, FusedCausalLMOutput, maybe_gather_lm_head_ctx
+from ..models.families import family_of
+from ..models.logits import hidden_states
+from .door import FusedCausalLMOutput
 from .gradients import (
     carry_gradients,
     choose_gradient_mode,
@@ -33,11 +33,11 @@ from .gradients import (
     score_with_graph,
     trainable_parameters,
 )
+from .output_head import token_log_probs
 from .responses import Chunk, cut, place
 
 # The draws of precomputed reference values and of evaluation. Training steps count from one.
 FIXED_NONCE = 0
-VOCABULARY_TILE = 32768  # columns of the output head that are multiplied together
 
 
 @dataclass
@@ -206,30 +206,11 @@ def _check_answer(answer: Any, name: str) -> None:
 def _score_draws(model: PreTrainedModel, ids: torch.Tensor, mask_token_id: int, chunk: Chunk) -> torch.Tensor:
     """One forward of `k` corrupted copies of one sequence: `(k, T)` log-probabilities of masked tokens, 0 elsewhere."""
     noised = noise_inputs(ids, chunk.masked, mask_token_id)
-    hidden = model.base_model(input_ids=noised, use_cache=False).last_hidden_state
+    hidden = hidden_states(model, noised)
     places = chunk.positions % len(ids)
-    # Where the logits of a token stand: with a shift of one at the token before it, in the same row
-    predicting = chunk.positions - places + (places - family_of(model.config).logit_shift).clamp(min=0)
+    predicting = chunk.positions - places + family_of(model.config).predicting(places)  # in the same row
     log_probs = token_log_probs(model, hidden.flatten(0, 1), predicting, ids[places])
     return log_probs.new_zeros(noised.numel()).index_copy(0, chunk.positions, log_probs).view(noised.shape)
-
-
-def token_log_probs(
-    model: PreTrainedModel, hidden: torch.Tensor, predicting: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """`(n,)` log-probabilities of `targets` from the rows `predicting` of `hidden`: no logits of a batch are built."""
-    output_head = model.get_output_embeddings()
-    if isinstance(output_head, FSDPModule):
-        # Sharded on its own, and gathered by FSDP2 when it is called, which it is not: only its weight is used. A
-        # gradient through `full_tensor()` would be that of this process's rows alone.
-        output_head.unshard()
-    weight, bias = output_head.weight, output_head.bias
-    hidden = hidden.to(weight.device)[predicting.to(weight.device)]
-    with maybe_gather_lm_head_ctx(weight, bias):
-        log_probs = ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets.to(weight.device), 1.0, min(VOCABULARY_TILE, weight.shape[0]), None, 1.0, ()
-        )[0]
-    return log_probs.to(targets.device)
 
 
 def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:

@@ -14,7 +14,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..checks.inputs import (
@@ -33,7 +32,7 @@ from ..checks.numbers import FiniteGradients, naming_the_example
 from ..estimators.draws import MaskDraws
 from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
-from ..models.family import FAMILIES, family_of
+from ..models.families import class_to_load, family_of, refuse_unscored
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
 from ..resuming.run import checkpoint_to_resume, explaining_a_failed_save, finish_checkpoint
@@ -150,8 +149,8 @@ class ELBOTrainerMixin(ReferenceMixin):
         if kwargs.get("quantization_config") is not None:
             kwargs.setdefault("dtype", "bfloat16")  # TRL's float32 would hold embeddings and head in four bytes
         config = load_config(path, kwargs.get("trust_remote_code", False))
-        if config.model_type in FAMILIES:  # TRL looks for the architecture's name in transformers
-            kwargs["architecture"] = AutoModelForCausalLM
+        refuse_unscored(config)
+        kwargs["architecture"] = class_to_load(config)
         model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
         self._accept(model, None)
         return model
@@ -204,7 +203,7 @@ class ELBOTrainerMixin(ReferenceMixin):
         if conversational:
             check_template(dataset, tokenizer, dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), dataset_name)
-        if conversational and args.append_eos:
+        if conversational and args.append_eos and family.append_eos:
             dataset = append_eos(dataset, self._completion_columns, tokenizer.eos_token_id, dataset_name)
         return drop_unusable_rows(
             dataset,

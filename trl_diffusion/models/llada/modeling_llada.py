@@ -22,7 +22,6 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
@@ -33,17 +32,38 @@ from ..sampler import DiffusionGenerationMixin
 from .configuration_llada import LLaDAConfig
 
 
-# transformers fills the frequencies of a model that was built on the meta device only for classes with this name
-class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary embedding whose angles stay in fp32 whatever the model's dtype (`rope_full_precision`)."""
+class Rotation:
+    """
+    Cosines and sines of the angles that queries and keys are turned by, `(B, L, head_dim)` each, in float32.
 
-    inv_freq: torch.Tensor
+    Neither a tensor nor a container that others open: FSDP's mixed precision casts every tensor that it finds in a
+    block's arguments, and angles in bfloat16 are far off at late positions.
+    """
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.inv_freq.dtype != torch.float32:  # `model.to(bfloat16)` rounds buffers too
-            inv_freq, _ = self.compute_default_rope_parameters(self.config)
-            self.inv_freq = inv_freq.to(self.inv_freq.device)
-        return super().forward(self.inv_freq.to(x.device), position_ids)
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
+        self.cos, self.sin = cos, sin
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Rotation":
+        """On another device: how accelerate hands arguments from block to block of a model on several devices."""
+        return Rotation(*(part.to(device, non_blocking=non_blocking) for part in (self.cos, self.sin)))
+
+    def turn(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys `(B, heads, L, head_dim)`, turned in float32 and rounded once (`rope_full_precision`)."""
+        turned = apply_rotary_pos_emb(query.float(), key.float(), self.cos, self.sin)
+        return turned[0].to(query.dtype), turned[1].to(key.dtype)
+
+
+def rotation(config: LLaDAConfig, position_ids: torch.Tensor) -> Rotation:
+    """
+    The [`Rotation`] at `position_ids` `(B, L)`.
+
+    Frequencies are computed here and kept nowhere: as a buffer they would be rounded by `model.to(bfloat16)`, for good.
+    """
+    size = config.d_model // config.n_heads
+    steps = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32)
+    angles = position_ids[..., None].float() * (1.0 / config.rope_theta ** (steps / size))
+    angles = torch.cat([angles, angles], dim=-1)
+    return Rotation(angles.cos(), angles.sin())
 
 
 class LLaDALlamaBlock(GradientCheckpointingLayer):
@@ -73,26 +93,25 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        rotation: Rotation,
         **kwargs: Any,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self._attention(hidden_states, attention_mask, position_embeddings, **kwargs)
+        hidden_states = hidden_states + self._attention(hidden_states, attention_mask, rotation, **kwargs)
         normed = self.ff_norm(hidden_states)
         return hidden_states + self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed))
 
-    def _attention(self, hidden_states, attention_mask, position_embeddings, **kwargs):
+    def _attention(self, hidden_states, attention_mask, rotation, **kwargs):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         normed = self.attn_norm(hidden_states)
         query, key, value = (
             projection(normed).view(heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(query.float(), key.float(), cos, sin)
+        query, key = rotation.turn(query, key)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(
             self,
-            query.to(value.dtype),
-            key.to(value.dtype),
+            query,
+            key,
             value,
             attention_mask,
             scaling=self.scaling,
@@ -134,7 +153,6 @@ class LLaDAModel(LLaDAPreTrainedModel):
                 "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
             }
         )
-        self.rotary_emb = LLaDARotaryEmbedding(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -174,9 +192,9 @@ class LLaDAModel(LLaDAPreTrainedModel):
             self._refuse_leaking_packing(position_ids, attention_mask, hidden_states.shape[0])
             kwargs["position_ids"] = position_ids  # flash attention reads packed boundaries from them
         mask = self._attention_bias(hidden_states, attention_mask)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        turns = rotation(self.config, position_ids)
         for block in self.transformer["blocks"]:
-            hidden_states = block(hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **kwargs)
+            hidden_states = block(hidden_states, attention_mask=mask, rotation=turns, **kwargs)
         return BaseModelOutput(last_hidden_state=self.transformer["ln_f"](hidden_states))
 
     def _attention_bias(self, hidden_states, attention_mask):

@@ -1,0 +1,73 @@
+"""
+The families that are known. The first that matches a configuration counts; what matches none has the defaults.
+
+Some are known only to be refused: their checkpoints would load, with remote code, and be scored as what they are not.
+"""
+
+import transformers
+from transformers import PreTrainedConfig
+
+from .family import Blocks, Family
+from .llada.family import LLADA
+
+FAMILIES: list[Family] = [
+    LLADA,
+    # Block diffusion: what a token sees is not what the forward of a whole sequence shows it
+    Family(name="SDAR", model_types=("sdar", "sdar_moe"), attention=Blocks(4, "block_size")),
+    Family(name="LLaDA2", model_types=("llada2_moe", "llada21_moe"), attention=Blocks(32)),
+    Family(name="Fast-dLLM v2", model_types=("Fast_dLLM_Qwen",), logit_shift=1, attention=Blocks(32, "bd_size")),
+    Family(
+        name="Nemotron-Labs-Diffusion",
+        model_types=("nemotron_labs_diffusion",),
+        attention=Blocks(32, "block_size", origin="response"),
+    ),
+    Family(
+        name="DreamReasoner",
+        model_types=("Dream",),
+        only_if=lambda config: hasattr(config, "block_size"),
+        attention=Blocks(32, "block_size"),
+    ),
+    Family(
+        name="Stable-DiffCoder",
+        model_types=("llama",),
+        only_if=lambda config: "StableDiffcoderForCausalLM" in (config.architectures or ()),
+        attention=Blocks(4),
+    ),
+    Family(name="DiffusionGemma", model_types=("diffusion_gemma", "diffusion_gemma_text"), noise="uniform"),
+]
+_DEFAULT = Family()
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The facts of the family that a model with this configuration belongs to."""
+    return next((family for family in FAMILIES if family.matches(config)), _DEFAULT)
+
+
+def class_to_load(config: PreTrainedConfig) -> type:
+    """The class whose `from_pretrained` loads a checkpoint: the family's, or the one that the configuration names."""
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    by_name = getattr(transformers, family_of(config).auto_class, None)
+    return by_name or next(filter(None, named), transformers.AutoModelForCausalLM)
+
+
+def refuse_unscored(config: PreTrainedConfig) -> None:
+    """
+    Refuse a family whose ELBO is another one than that which is computed here.
+
+    Raises:
+        ValueError: its attention is block-causal, or its noise is not absorbing.
+    """
+    family = family_of(config)
+    if isinstance(family.attention, Blocks):
+        raise ValueError(
+            f"This is {family.name} (model_type={config.model_type!r}), a block diffusion model: blocks of "
+            f"{family.attention.size_in(config)} tokens are denoised one after the other, each given the clean ones "
+            "before it. Its ELBO is a sum over blocks, which is not implemented. Use a model that attends to the whole "
+            "sequence, LLaDA for instance."
+        )
+    if family.noise != "absorbing":
+        raise ValueError(
+            f"This is {family.name} (model_type={config.model_type!r}), whose noise replaces tokens by other tokens. "
+            "The ELBO here is that of models in which a hidden token is a mask token. Use one of these, LLaDA for "
+            "instance."
+        )

@@ -1,0 +1,156 @@
+"""
+What `generate` is asked for: the arguments of a diffusion sampler, read from where transformers lets them stand.
+
+Nothing is ignored in silence: an argument of autoregressive decoding that would change the result is refused by name.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .families import family_of
+
+_REMASKING = ("low_confidence", "random")
+_DEFAULT_MAX_NEW_TOKENS = 128
+# Arguments of autoregressive decoding that change nothing here: with any value, and with the value that is off
+_HARMLESS = {"use_cache", "cache_implementation", "max_length", "transformers_version"}
+_OFF = GenerationConfig._get_default_generation_params() | {"top_k": 0}
+_TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id"}
+
+
+@dataclass(frozen=True)
+class SamplerArguments:
+    """
+    Arguments of `generate` that a diffusion sampler has. All of them can be given to `generate` or be attributes of
+    the `GenerationConfig`.
+
+    Args:
+        max_new_tokens: length of the response canvas, in tokens.
+        steps: denoising steps in all. Defaults to `max_new_tokens`, one token a step.
+        block_length: length of the blocks that are filled left to right. Defaults to `max_new_tokens`, one block.
+        remasking: `"low_confidence"` keeps the predictions with the highest probability, `"random"` any.
+        temperature: of the Gumbel noise on the logits; 0 is greedy.
+        cfg_scale: strength w of unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): logits are
+            `(1 + w) * conditional - w * unconditional`, where the unconditional ones have the prompt masked. 0 is off,
+            otherwise each step costs two forwards.
+        seed: of the noise. A row's noise depends on the seed and on its own prompt only. By default drawn from torch's
+            global generator.
+        num_return_sequences: responses for each prompt.
+        return_dict_in_generate: whether to return a `GenerateDecoderOnlyOutput`.
+    """
+
+    max_new_tokens: int = _DEFAULT_MAX_NEW_TOKENS
+    steps: int | None = None
+    block_length: int | None = None
+    remasking: str = "low_confidence"
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    seed: int | None = None
+    num_return_sequences: int = 1
+    return_dict_in_generate: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        return self.max_new_tokens if self.steps is None else self.steps
+
+    @property
+    def block_size(self) -> int:
+        return self.max_new_tokens if self.block_length is None else self.block_length
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "steps", "block_length", "seed", "num_return_sequences"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)!r}.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1, got {self.max_new_tokens}.")
+        if self.block_size < 1 or self.max_new_tokens % self.block_size:
+            raise ValueError(
+                f"`block_length` ({self.block_size}) must divide `max_new_tokens` ({self.max_new_tokens})."
+            )
+        num_blocks = self.max_new_tokens // self.block_size
+        if self.num_steps % num_blocks or not num_blocks <= self.num_steps <= self.max_new_tokens:
+            raise ValueError(
+                f"`steps` must be a multiple of the number of blocks ({num_blocks}) and at most `max_new_tokens` "
+                f"({self.max_new_tokens}), got {self.num_steps}."
+            )
+        if self.remasking not in _REMASKING:
+            raise ValueError(f"`remasking` must be one of {_REMASKING}, got {self.remasking!r}.")
+        for name in ("temperature", "cfg_scale"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be a finite number that is not negative, got {getattr(self, name)}.")
+        if self.num_return_sequences < 1:
+            raise ValueError(f"`num_return_sequences` must be at least 1, got {self.num_return_sequences}.")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """
+    Tokens that mean something to the sampler.
+
+    Args:
+        mask: stands for a position that is still to be filled.
+        pad: what follows the end.
+        ends: tokens that end a response.
+        size: of the vocabulary; an output head may be larger.
+    """
+
+    mask: int
+    pad: int
+    ends: tuple[int, ...]
+    size: int
+
+
+def read_arguments(
+    config: PreTrainedConfig,
+    generation_configs: tuple[GenerationConfig | None, ...],
+    kwargs: dict[str, Any],
+    prompt_length: int,
+) -> tuple[SamplerArguments, Tokens]:
+    """
+    Arguments of the sampler, the last word first: `kwargs`, the generation configurations from the last, the family's.
+
+    Raises:
+        ValueError: an argument that the sampler does not have, values that do not fit, or no mask token.
+    """
+    family = family_of(config)
+    given = dict(family.sampling)
+    for values in (*(each.to_dict() for each in generation_configs if each is not None), kwargs):
+        given.update({name: value for name, value in values.items() if value is not None})
+    if "max_length" in given and "max_new_tokens" not in given:
+        given["max_new_tokens"] = given["max_length"] - prompt_length
+    do_sample = given.pop("do_sample", None)
+    if do_sample is False:
+        given["temperature"] = 0.0
+    elif do_sample:
+        given.setdefault("temperature", 1.0)
+    known = {field.name for field in fields(SamplerArguments)}
+    _refuse_unknown(given, known)
+    arguments = SamplerArguments(**{name: given[name] for name in known if name in given})
+    return arguments, _tokens(given, config, family.mask_token_id)
+
+
+def _tokens(given: dict[str, Any], config: PreTrainedConfig, mask_of_family: int | None) -> Tokens:
+    masks = (given.get("mask_token_id"), getattr(config, "mask_token_id", None), mask_of_family)
+    mask = next((token for token in masks if token is not None), None)
+    if mask is None:
+        raise ValueError("The model has no `mask_token_id`: set `model.config.mask_token_id` or pass it.")
+    ends = given.get("eos_token_id", config.eos_token_id)
+    ends = ends.tolist() if isinstance(ends, torch.Tensor) else ends
+    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    pad = given.get("pad_token_id", config.pad_token_id)
+    return Tokens(mask, pad if pad is not None else (ends[0] if ends else 0), ends, config.vocab_size)
+
+
+def _refuse_unknown(given: dict[str, Any], known: set[str]) -> None:
+    for name, value in given.items():
+        if name in known | _TOKEN_IDS | _HARMLESS or name.startswith("_"):
+            continue
+        if value is False or value == _OFF.get(name):
+            continue
+        raise ValueError(
+            f"`{name}={value!r}` has no meaning for a diffusion sampler. Leave it out; the sampler's arguments are "
+            f"{sorted(known)}."
+        )
