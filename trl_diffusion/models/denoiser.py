@@ -117,4 +117,4 @@ def _check_logits(model: PreTrainedModel, hidden: torch.Tensor, logits: torch.Te
 
 
 def _close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(logits.to(expected.device).float(), expected, rtol=1e-3, atol=1e-3)
+    return torch.allclose(logits.to(expected.device).float(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
