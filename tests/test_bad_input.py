@@ -8,9 +8,10 @@ import logging
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_trainers import make_trainer
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
@@ -165,6 +166,7 @@ def test_options_without_meaning(tmp_path, options, message):
 def test_a_launcher_that_compiles_the_model(tmp_path, monkeypatch, config):
     """`accelerate launch --dynamo_backend inductor` sets this, and nothing in the arguments."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert TorchDynamoPlugin().backend.value == "INDUCTOR"  # where accelerate looks
     with pytest.raises(ValueError, match="ACCELERATE_DYNAMO_BACKEND='INDUCTOR' has the model compiled.*Leave"):
         config(str(tmp_path), bf16=False, use_cpu=True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as without the option
@@ -332,6 +334,17 @@ def test_an_active_adapter_of_another_name(tmp_path):
     wrapped.set_adapter("other")
     with pytest.raises(ValueError, match=r"active adapters are \['other'\]"):
         make_trainer(tmp_path, wrapped)
+
+
+def test_an_adapter_that_was_loaded_for_inference(tmp_path):
+    """And the cure that the error names."""
+    get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="No weight of the `PeftModel.*requires a gradient.*`is_trainable=True`"):
+        make_trainer(tmp_path, PeftModel.from_pretrained(make_model(), tmp_path / "adapter")).train()
+    cured = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+    trainer = make_trainer(tmp_path, cured, max_steps=2)
+    trainer.train()
+    assert trainer.state.log_history[1]["loss"] != trainer.state.log_history[0]["loss"]
 
 
 def test_names_that_match_nothing_are_warned_of(tmp_path):

@@ -264,21 +264,31 @@ def test_processes_that_found_different_checkpoints(whole, monkeypatch):
 # A full disk
 
 
+def full(content, path, *args, save=torch.save, **kwargs):
+    if "checkpoint-4" in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return save(content, path, *args, **kwargs)
+
+
 def test_a_full_disk_loses_nothing(tmp_path, whole, monkeypatch):
     """The save of step 4 fails; what was saved before is resumed, and the run ends as if nothing had been."""
-
-    def full(content, path, *args, save=torch.save, **kwargs):
-        if "checkpoint-4" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return save(content, path, *args, **kwargs)
-
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"checkpoint of step 4 could not be written to `output_dir=.*No space left"):
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written to `output_dir=.*No space left"):
         make_vrpo(tmp_path).train()
     monkeypatch.undo()
     trainer = make_vrpo(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert outcome(trainer)[0] == whole["vrpo"][0]
+
+
+def test_half_of_a_checkpoint_over_a_whole_one_is_none(tmp_path, whole, monkeypatch):
+    """New weights beside the old optimiser, which is as long as the new one would be."""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(whole["vrpo"][3] / name, tmp_path / name)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint-4 could not be written"):
+        make_vrpo(tmp_path, learning_rate=1e-3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert problem_of(tmp_path / "checkpoint-4").startswith(f"{RUN} is missing")
 
 
 # Another run

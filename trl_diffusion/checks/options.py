@@ -104,7 +104,7 @@ def check_options(args: Any, loss_types: tuple[str, ...], *owners: type) -> None
     if backend.lower() != "no":
         raise ValueError(
             f"ACCELERATE_DYNAMO_BACKEND={backend!r} has the model compiled, and {_COMPILED}. Leave `--dynamo_backend` "
-            "out of `accelerate launch`, and `dynamo_config` out of its file."
+            "out of `accelerate launch` and `dynamo_config` out of its file, or unset the variable."
         )
 
 

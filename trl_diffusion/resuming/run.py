@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
-from .checkpoints import record_of, resolve_checkpoint, seal
+from .checkpoints import RUN, record_of, resolve_checkpoint, seal
 from .record import compare
 
 _REFERENCE = "reference.safetensors"
@@ -51,13 +51,14 @@ def finish_checkpoint(trainer: Any, folder: str, record: dict[str, Any]) -> None
 
 
 @contextmanager
-def explaining_a_failed_save(step: int, output_dir: str) -> Iterator[None]:
-    """Say of an error inside the block what it means for the run."""
+def saving_a_checkpoint(folder: Path) -> Iterator[None]:
+    """Until it is finished a checkpoint is none, also over one of the same step. Say of a failure what it means."""
     try:
+        (folder / RUN).unlink(missing_ok=True)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(
-            f"The checkpoint of step {step} could not be written to `output_dir={output_dir!r}`: {error}. Those before "
-            "it are untouched. Make room, or the folder writable, and go on with `resume_from_checkpoint=True`, which "
-            "passes over the broken one."
+            f"{folder.name} could not be written to `output_dir={str(folder.parent)!r}`: {error}. Those before it are "
+            "untouched. Make room, or the folder writable, and go on with `resume_from_checkpoint=True`, which passes "
+            "over the broken one."
         ) from error

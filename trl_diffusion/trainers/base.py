@@ -35,7 +35,7 @@ from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.families import class_to_load, family_of, refuse_unscored
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
-from ..resuming.run import checkpoint_to_resume, explaining_a_failed_save, finish_checkpoint
+from ..resuming.run import checkpoint_to_resume, finish_checkpoint, saving_a_checkpoint
 from ..scoring.adapters import (
     adapter_precision,
     cast_adapters,
@@ -276,7 +276,7 @@ class ELBOTrainerMixin(ReferenceMixin):
     # Saving, see resuming/
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with explaining_a_failed_save(self.state.global_step, self.args.output_dir):
+        with saving_a_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
