@@ -13,26 +13,24 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..checks.datasets import check_datasets, check_eval_dataset
 from ..checks.inputs import (
-    RowForms,
     check_arguments,
-    check_dataset,
-    check_datasets,
     check_models,
     check_same_vocabulary,
-    check_template,
     check_tokenizer,
     load_config,
     require_trainable,
 )
 from ..checks.numbers import FiniteGradients, naming_the_example
+from ..checks.rows import RowForms
 from ..estimators.draws import MaskDraws
 from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.families import class_to_load, family_of, refuse_unscored
+from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
 from ..resuming.run import checkpoint_to_resume, finish_checkpoint, saving_a_checkpoint
@@ -47,11 +45,12 @@ from ..scoring.adapters import (
 from ..scoring.door import check_asked_for, is_conversational, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
 from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
-from .data import append_eos, drop_unusable_rows, ending_token_ids, without_length_filter
+from .data import readable, without_length_filter
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
 from .reference import ReferenceMixin
 from .running import RunningKappaCallback
+from .tokens import TokenRules, scorable
 
 logger = get_logger(__name__)
 Callback = TypeVar("Callback")
@@ -158,7 +157,7 @@ class ELBOTrainerMixin(ReferenceMixin):
     def _accept(self, model: Any, tokenizer: Any) -> None:
         """Refuse what is not a denoiser, and remember the configuration that draws and data go by."""
         base = model.get_base_model() if is_peft_model(model) else model
-        self._model_config = base.config
+        self._model_config, self._max_positions = base.config, position_limit(base)
         keep_differentiable(base)
         check_denoiser(base, resolve_mask_token_id(base.config, tokenizer))
 
@@ -199,21 +198,22 @@ class ELBOTrainerMixin(ReferenceMixin):
                 "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
                 "one that does so only with `add_generation_prompt=True`; the tokens are the same."
             )
+        mask_token_id = resolve_mask_token_id(self._model_config, tokenizer)
+        where = {"name": dataset_name, "num_proc": args.dataset_num_proc}
         conversational = is_conversational(next(iter(dataset)))
-        if conversational:
-            check_template(dataset, tokenizer, dataset_name)
+        dataset = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
         dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), dataset_name)
-        if conversational and args.append_eos and family.append_eos:
-            dataset = append_eos(dataset, self._completion_columns, tokenizer.eos_token_id, dataset_name)
-        return drop_unusable_rows(
-            dataset,
-            self._completion_columns,
-            mask_token_id=resolve_mask_token_id(self._model_config, tokenizer),
-            ending_ids=ending_token_ids(tokenizer, family.end_of_turn),
-            max_length=args.max_length,
+        rules = TokenRules(
+            tokenizer,
+            conversational,
+            mask_token_id=mask_token_id,
             vocab_size=self._model_config.vocab_size,
-            name=dataset_name,
+            end_of_turn=family.end_of_turn,
+            append_eos=args.append_eos and family.append_eos,
+            max_length=args.max_length,
+            max_positions=self._max_positions,
         )
+        return scorable(dataset, self._completion_columns, rules, **where)
 
     # The run
 
@@ -269,8 +269,8 @@ class ELBOTrainerMixin(ReferenceMixin):
             eval_dataset = None
         elif own:
             eval_dataset = own[0]
-        elif isinstance(eval_dataset, Dataset | IterableDataset):
-            check_dataset(eval_dataset, "eval", self._row_forms, self._reference_columns)
+        else:
+            check_eval_dataset(eval_dataset, self._row_forms, self._reference_columns, self.args.dataset_num_proc)
         return super().evaluate(eval_dataset, **kwargs)
 
     # Saving, see resuming/

@@ -1,177 +1,76 @@
-"""
-From the rows that TRL tokenised to rows that can be scored: the end of text, and what must not reach the trainer.
-
-TRL gives `prompt_ids` and one or more columns of completion ids. A completion longer than `max_length` would be scored
-without its end, a mask token inside the data would be taken for noise: such rows are dropped, and counted.
-"""
+"""From a user's rows to what TRL is given to tokenise: plain texts, or messages of text, with a prompt."""
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-logger = get_logger(__name__)
+from ..checks.datasets import form_of, unformatted
+from ..checks.findings import Judge, judge_row, judge_rows
+from ..checks.rows import RowForm, RowForms
+from ..checks.template import Writing
+from .tokens import NUMBER
 
-_REASONS = {
-    "empty completion": "a completion has no token besides the end of the turn",
-    "prompt fills max_length": "the prompt alone fills `max_length`; raise it",
-    "longer than max_length": "prompt and completion exceed `max_length`; raise it",
-    "mask token": "the text contains the mask token, which would be taken for noise",
-}
+
+def readable(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    forms: RowForms,
+    *,
+    mask_token_id: int,
+    name: str,
+    num_proc: int | None = None,
+) -> Any:
+    """
+    The dataset as TRL is to read it: plain texts and messages of text, with a prompt.
+
+    Args:
+        dataset: rows as the user gave them.
+        tokenizer: whose chat template will write conversations.
+        forms: columns that a row must have, in one of these ways.
+        mask_token_id: the mask token.
+        name: of the dataset, for messages.
+        num_proc: number of processes.
+
+    Raises:
+        ValueError: a row cannot be read, or the chat template cannot write it or leaves out a part of it. Rows of a
+            stream are looked at as they are read.
+    """
+    dataset = unformatted(dataset, name)
+    form = form_of(dataset, name, forms)
+    if form.conversational and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The {name} dataset is conversational, and the tokenizer has no chat template. Set "
+            "`tokenizer.chat_template`, or give plain texts."
+        )
+    judges = [Writing.of(tokenizer, form, mask_token_id)] if form.conversational else []
+    if isinstance(dataset, IterableDataset):
+        options = {"form": form, "judges": [form.judge, *judges], "name": name}
+        return dataset.map(_read_of_stream, with_indices=True, fn_kwargs=options)
+    for judge in judges:
+        judge_rows(dataset, judge, name, num_proc)
+    if "chosen" in form.columns and any("label" in columns for columns in forms):  # TRL will make two rows of one
+        dataset = dataset.add_column(NUMBER, list(range(len(dataset))))
+    if not form.prompted or (form.conversational and not _texts_only(dataset.features, form)):
+        dataset = dataset.map(form.read, num_proc=num_proc, desc=f"Reading {name} dataset")
+    return dataset
+
+
+def _read_of_stream(row: dict[str, Any], number: int, form: RowForm, judges: list[Judge], name: str) -> dict[str, Any]:
+    for judge in judges:
+        judge_row(row, judge, number, name)
+    return form.read(row)
+
+
+def _texts_only(features: Any, form: RowForm) -> bool:
+    """Whether the type of a column says that the content of each message is a text."""
+    types = [getattr(features[column], "feature", None) for column in form.columns]
+    return all(isinstance(turn, dict) and turn.get("content", Value("string")) == Value("string") for turn in types)
 
 
 def without_length_filter(args: Any) -> Any:
-    """The arguments for TRL, which drops prompts that fill `max_length` without a word; ours are counted."""
+    """TRL drops prompts that fill `max_length` without a word; ours are counted."""
     args = copy.copy(args)
     args.max_length = None
     return args
-
-
-def append_eos(dataset: Dataset | IterableDataset, columns: Sequence[str], eos_token_id: int, name: str = "") -> Any:
-    """Append the end of text to the completions in `columns` that do not end in it."""
-    add = partial(_append_eos, columns=tuple(columns), eos_token_id=eos_token_id)
-    return dataset.map(add, **_description(dataset, f"Appending EOS to {name} dataset"))
-
-
-def drop_unusable_rows(
-    dataset: Dataset | IterableDataset,
-    columns: Sequence[str],
-    *,
-    mask_token_id: int,
-    ending_ids: frozenset[int],
-    max_length: int | None,
-    vocab_size: int,
-    name: str,
-) -> Any:
-    """
-    Drop the rows that cannot be scored, with a warning that counts them by reason.
-
-    Args:
-        dataset: tokenised rows with `prompt_ids` and `columns`.
-        columns: columns of completion ids.
-        mask_token_id: the mask token.
-        ending_ids: tokens that end a completion; one made only of them is empty.
-        max_length: longest row, prompt and completion, in tokens.
-        vocab_size: of the model.
-        name: of the dataset, for messages.
-
-    Returns:
-        The dataset without them. A streaming dataset is filtered as it is read, with one warning per reason.
-
-    Raises:
-        ValueError: a prompt has no token, a token is outside the vocabulary, or no row is left.
-    """
-    problem = partial(
-        row_problem,
-        columns=tuple(columns),
-        mask_token_id=mask_token_id,
-        ending_ids=ending_ids,
-        max_length=max_length,
-        vocab_size=vocab_size,
-    )
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(partial(_keep_or_warn, problem=problem, name=name))
-    checked = dataset.map(
-        partial(_label, problem=problem, columns=tuple(columns)),
-        remove_columns=dataset.column_names,
-        desc=f"Checking {name} dataset",
-    )
-    _warn_of_equal_pairs(sum(checked["equal"]), len(dataset), name)
-    found = checked["problem"]
-    counts = Counter(reason for reason in found if reason)
-    if not counts:
-        return dataset
-    if sum(counts.values()) == len(dataset):
-        raise ValueError(f"No row of the {name} dataset can be used: {_explain(counts)}.")
-    logger.warning(
-        "Dropped %d of %d rows of the %s dataset: %s.", sum(counts.values()), len(found), name, _explain(counts)
-    )
-    return dataset.select([index for index, reason in enumerate(found) if not reason])
-
-
-def row_problem(
-    row: dict[str, Any],
-    *,
-    columns: Sequence[str],
-    mask_token_id: int,
-    ending_ids: frozenset[int],
-    max_length: int | None,
-    vocab_size: int,
-) -> str:
-    """
-    Why a row cannot be scored; empty if it can.
-
-    Raises:
-        ValueError: the prompt has no token, so a completion would start at position 0, or a token is outside the
-            model's vocabulary.
-    """
-    prompt = row["prompt_ids"]
-    if len(prompt) == 0:
-        raise ValueError(
-            "A prompt has no token, so its completion starts at position 0, which TRL leaves out of the score. Give "
-            "every example a prompt; a beginning-of-text token is enough."
-        )
-    highest = max(max(ids, default=0) for ids in (prompt, *(row[column] for column in columns)))
-    if highest >= vocab_size:
-        raise ValueError(
-            f"The tokenizer makes the token {highest}, and the model's vocabulary has {vocab_size} tokens. Use the "
-            "tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))`."
-        )
-    if max_length is not None and len(prompt) >= max_length:
-        return "prompt fills max_length"
-    for column in columns:
-        completion = row[column]
-        if all(token in ending_ids for token in completion):
-            return "empty completion"
-        if mask_token_id in completion or mask_token_id in prompt:
-            return "mask token"
-        if max_length is not None and len(prompt) + len(completion) > max_length:
-            return "longer than max_length"
-    return ""
-
-
-def ending_token_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[str]) -> frozenset[int]:
-    """Tokens that end a completion: the end of text, and the end of turn of the chat template."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[token] for token in end_of_turn if token in vocabulary}
-    return frozenset(ids | {tokenizer.eos_token_id})
-
-
-def _append_eos(row, columns, eos_token_id):
-    return {c: row[c] if row[c][-1:] == [eos_token_id] else [*row[c], eos_token_id] for c in columns}
-
-
-def _label(row, problem: Callable[[dict], str], columns):
-    paired = columns == ("chosen_ids", "rejected_ids")
-    return {"problem": problem(row), "equal": paired and row["chosen_ids"] == row["rejected_ids"]}
-
-
-def _warn_of_equal_pairs(count: int, total: int, name: str) -> None:
-    if count:
-        logger.warning(
-            "In %d of %d rows of the %s dataset the chosen and the rejected response are the same: their preference "
-            "cannot be learnt, and they only cost time. Drop them with `dataset.filter`.",
-            count,
-            total,
-            name,
-        )
-
-
-def _keep_or_warn(row, problem: Callable[[dict], str], name: str) -> bool:
-    reason = problem(row)
-    if reason:
-        logger.warning_once(f"Dropping rows of the streaming {name} dataset: {_REASONS[reason]}.")
-    return not reason
-
-
-def _explain(counts: Counter) -> str:
-    return "; ".join(f"{count} because {_REASONS[reason]}" for reason, count in counts.most_common())
-
-
-def _description(dataset, text):
-    return {"desc": text} if isinstance(dataset, Dataset) else {}
