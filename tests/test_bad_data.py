@@ -41,7 +41,7 @@ PAIRS = {
         r"must be a `Dataset` or `IterableDataset`, got `list`. Pass `Dataset.from",
     ),
     "a dict": (lambda: make_pairs(3).to_dict(), "must be a `Dataset` or `IterableDataset`, got `dict`"),
-    "None": (lambda: None, "train dataset must be a `Dataset` or `IterableDataset`, got `NoneType`"),
+    "None": (lambda: None, "`train_dataset` is required.*Pass a `datasets.Dataset` with `chosen` and `rejected`"),
     "splits": (lambda: DatasetDict(train=make_pairs(3)), r"got `DatasetDict`. Pass one of its splits, \['train'\]"),
     "no rows": (lambda: make_pairs(3).select([]), "`train_dataset` has no rows"),
     "empty stream": (lambda: IterableDataset.from_generator(lambda: iter([])), "`train_dataset` has no rows"),
@@ -58,28 +58,37 @@ PAIRS = {
     ),
     "prompt None": (
         lambda: pairs(prompt=["a", None, "b", None]),
-        "2 of 4 rows of the train dataset have no `prompt`.*row 1",
+        r"In 2 of 4 rows of the train dataset \(1, 3\) there is no `prompt` \(None\). Drop such rows",
     ),
     "chosen None": (
         lambda: pairs(chosen=["a", "b", "c", None]),
-        r"1 of 4 rows.*no `chosen` .None.*row 3.*dataset.filter",
+        r"1 of 4 rows of the train dataset \(3\) there is no `chosen` .None.*dataset.filter",
     ),
-    "all None": (lambda: pairs(chosen=[None] * 4), "4 of 4 rows of the train dataset have no `chosen`"),
+    "all None": (
+        lambda: pairs(chosen=[None] * 4),
+        r"4 of 4 rows of the train dataset \(0, 1, 2, 3\) there is no `chosen`",
+    ),
     "prompt numbers": (
         lambda: pairs(prompt=[1, 2, 3, 4]),
-        r"`prompt` of the train dataset must be a text.*got '1' \(int\)",
+        r"`prompt` is neither a text nor a list of messages.*'1' \(int\)",
     ),
-    "chosen numbers": (lambda: pairs(chosen=[1.5] * 4), r"`chosen` of the train dataset must be a text.*\(float\)"),
+    "chosen numbers": (lambda: pairs(chosen=[1.5] * 4), r"`chosen` is neither a text nor.*'1.5' \(float\)"),
     "chosen words": (
         lambda: pairs(chosen=[["one"]] * 4),
-        r"`chosen` of the train dataset must be a text.*got \"\['one'\]\"",
+        r"`chosen` is neither a text nor.*\"\['one'\]\" \(list\)",
     ),
     "chosen a turn": (
         lambda: pairs(chosen=[ASSISTANT] * 4),
-        r"`chosen` of the train dataset must be a text, or a list.*\(dict\)",
+        r"`chosen` is neither a text nor.*\(dict\)",
     ),
-    "nothing in common": (lambda: pairs(prompt=None), "A prompt has no token.*Give every example a prompt"),
-    "empty prompt": (lambda: pairs(prompt=["a", "", "b", "c"]), "A prompt has no token.*Give every example a prompt"),
+    "nothing in common": (
+        lambda: pairs(prompt=None),
+        r"4 of 4 rows.*`chosen` and `rejected` do not begin alike.*Give the dataset a column `prompt`",
+    ),
+    "empty prompts": (
+        lambda: pairs(prompt=[""] * 4),
+        "No row .*: 4 because a prompt has no token.*give every example a prompt",
+    ),
     "images": (lambda: pairs(image=[0] * 4), "appears to be vision-related"),
     "scores": (
         lambda: pairs(ref_chosen_logps=[0.0] * 4),
@@ -88,22 +97,22 @@ PAIRS = {
     "only masks": (lambda: pairs(chosen=["<|mdm_mask|>"] * 4), "4 because the text contains the mask token"),
     "turns without content": (
         lambda: conversation(prompt=[{"role": "user"}]),
-        r"message in `prompt`.*keys \['role'\]. It needs",
+        r"message of `prompt` has no `role`, or neither `content` nor `tool_calls`: it has \['role'\]",
     ),
     "from and value": (lambda: conversation(chosen=[{"from": "gpt", "value": "x"}]), "`trl.maybe_convert_to_chatml`"),
     "content None": (
         lambda: conversation(chosen=[{"role": "assistant", "content": None}]),
-        "no `role` or no `content`",
+        r"message of `chosen` has no `content` \(None\): it has \['role'\]",
     ),
-    "no turn": (lambda: conversation(prompt=[]), "`prompt` of the train dataset has no message"),
-    "no answer": (lambda: conversation(rejected=[]), "`rejected` of the train dataset has no message"),
+    "no turn": (lambda: conversation(prompt=[]), "`prompt` has no message"),
+    "no answer": (lambda: conversation(rejected=[]), "`rejected` has no message"),
     "turns and text": (
         lambda: conversation(chosen="x", rejected="y"),
-        "mix texts and messages: {'prompt': 'messages', 'cho",
+        "`chosen` holds a text and other columns or rows hold messages",
     ),
     "text and turns": (
         lambda: conversation(prompt="x"),
-        "mix texts and messages: {'prompt': 'text', 'chosen': 'messages'",
+        r"`prompt` holds a text and other columns or rows hold messages.*`dataset.remove_columns\(\"prompt\"\)`",
     ),
 }
 
@@ -128,20 +137,20 @@ FEEDBACK = {
     "no prompt": (lambda: feedback(prompt=None), r"columns \['completion', 'label'\]. It needs `prompt`"),
     "label None": (
         lambda: feedback(label=[True, None, False, True]),
-        "`label` of the train dataset must hold True.*got None",
+        r"1 of 4 rows of the train dataset \(1\) `label` is not True.*got None",
     ),
-    "label text": (lambda: feedback(label=["good"] * 4), "`label` of the train dataset must hold True.*got 'good'"),
+    "label text": (lambda: feedback(label=["good"] * 4), "4 of 4 rows.*`label` is not True.*got 'good'"),
     "label score": (
         lambda: feedback(label=[0.0, 1.0, 0.5, 1.0]),
-        "must hold True for a desirable.*got 0.0, 0.5, 1.0. Map them",
+        "4 of 4 rows.*`label` is not True for a desirable.*got 0.0. Map it",
     ),
     "label of signs": (
         lambda: feedback(label=[1, -1, 1, -1]),
-        r"must hold True for a desirable.*got -1.*row\[\"label\"\] > 0",
+        r"2 of 4 rows.*\(1, 3\) `label` is not True for a desirable.*got -1.*row\[\"label\"\] > 0",
     ),
     "completion None": (
         lambda: feedback(completion=[None] * 4),
-        "4 of 4 rows of the train dataset have no `completion`",
+        r"4 of 4 rows of the train dataset .* there is no `completion`",
     ),
     "scores": (lambda: feedback(ref_logps=[0.0] * 4), r"columns \['ref_logps'\]. Reference scores are valid only"),
 }
@@ -177,7 +186,10 @@ def test_pairs_of_equal_responses_are_counted(tmp_path, caplog):
     same = pairs(chosen=["one", "two", "one two", "six"], rejected=["two", "two", "one two", "seven"])
     with caplog.at_level(logging.WARNING):
         trainer = test_trainers.make_trainer(tmp_path, dataset=same)
-    assert any("In 2 of 4 rows of the train dataset the chosen and" in r.getMessage() for r in caplog.records)
+    assert any(
+        "In 2 of 4 rows of the train dataset (1, 2) the chosen and the rejected response are the same" in r.getMessage()
+        for r in caplog.records
+    )
     assert len(trainer.train_dataset) == 4
 
 
@@ -187,14 +199,17 @@ TEMPLATES = {
     "none": (None, "is conversational, and the tokenizer has no chat template"),
     "without answers": (
         "{{ bos_token }}{{ messages[0].content }}",
-        "leaves out what the assistant says in `chosen`.*'six' is not in",
+        r"2 of 2 rows .*\(0, 1\).*leaves out what the assistant says in `prompt` and `chosen`: 'six' is missing from",
     ),
     "only beginnings": (
         "{% for m in messages %}{{ m.content[:1] }} {% endfor %}",
         "leaves out what the assistant says",
     ),
-    "that raises": ("{{ raise_exception('no system role') }}", "cannot write the first row.*no system role. Correct"),
-    "of bad syntax": ("{% for %}", "cannot write the first row.*TemplateSyntaxError"),
+    "that raises": (
+        "{{ raise_exception('no system role') }}",
+        "cannot write the conversation: TemplateError: no system",
+    ),
+    "of bad syntax": ("{% for %}", "cannot write the conversation: TemplateSyntaxError"),
 }
 
 

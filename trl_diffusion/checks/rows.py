@@ -44,7 +44,7 @@ class RowForm:
         for form in forms:
             if set(form) <= set(row):
                 columns = tuple(name for name in TEXTS if name in row and name in (*form, "prompt"))
-                conversational = any(isinstance(row[name], list) for name in columns)
+                conversational = any(_is_messages(row[name]) for name in columns)
                 return cls(columns, "label" in form, conversational, "prompt" in columns)
         return None
 
@@ -79,10 +79,11 @@ class RowForm:
             if value is None:
                 cure = f'Drop such rows with `dataset.filter(lambda row: row["{name}"] is not None)`.'
                 return Finding(f"there is no `{name}` (None)", cure)
-            messages = isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
-            if not isinstance(value, str) and not messages:
+            if not isinstance(value, str) and not _is_messages(value):
                 what = f"`{name}` is neither a text nor a list of messages with `role` and `content`"
                 return Finding(what, "Convert it with `dataset.map`.", f"{str(value)[:80]!r} ({type(value).__name__})")
+        for name in self.columns:
+            messages = _is_messages(row[name])
             if messages != self.conversational:
                 what = f"`{name}` holds {_KINDS[messages]} and other columns or rows hold {_KINDS[not messages]}"
                 return Finding(what, f"Use one of them for all. {_WHOLE_PAIRS}")
@@ -169,6 +170,10 @@ def parsed(value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
 
 
 def _is_text(part: Any) -> bool:
