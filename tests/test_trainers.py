@@ -207,6 +207,19 @@ def test_two_evaluations_meet_the_same_noise(tmp_path):
     assert trainer.evaluate()["eval_loss"] != first["eval_loss"]
 
 
+def test_evaluation_does_not_depend_on_its_batches(tmp_path):
+    """A last batch that is smaller counts for what it holds."""
+    policy, reference, found = make_model(seed=1), make_model(seed=2), []
+    for size in (1, 3, 5):
+        trainer = make_trainer(
+            tmp_path, policy, ref_model=reference, eval_dataset=make_pairs(5), per_device_eval_batch_size=size
+        )
+        found.append({k: v for k, v in trainer.evaluate().items() if "runtime" not in k and "per_second" not in k})
+        found[-1].pop("eval_model_preparation_time", None)
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+    assert abs(found[0]["eval_rewards/margins"]) > 1e-3
+
+
 def test_the_own_evaluation_set_can_be_named(tmp_path):
     trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, eval_dataset=make_pairs(4))
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == trainer.evaluate()["eval_loss"]
@@ -222,6 +235,15 @@ def test_precomputed_references_are_keyed_by_their_draws(tmp_path):
         (ref_w, ref_l), _ = elbos_by_hand(make_model(), trainer, inputs, nonce=0)
         torch.testing.assert_close(inputs["ref_chosen_logps"], ref_w.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(inputs["ref_rejected_logps"], ref_l.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_of_the_router_is_refused(tmp_path):
+    """TRL would add it from what the model returns, and a score does not return it."""
+    model = make_model()
+    model.config.output_router_logits = False
+    assert make_trainer(tmp_path, model, router_aux_loss_coef=0.0).aux_loss_enabled is False
+    with pytest.raises(ValueError, match=r"`router_aux_loss_coef=0.01` adds a loss of the router.*=0.0"):
+        make_trainer(tmp_path, model, router_aux_loss_coef=0.01)
 
 
 def test_accumulation_does_not_change_loss_or_gradient(tmp_path):
@@ -328,7 +350,8 @@ def test_metrics(tmp_path):
     assert logged["elbo/saturation"] == pytest.approx(
         (1 / torch.cosh(score / 2) ** 2).neg().add(1).mean().item(), rel=1e-4
     )
-    assert logged["elbo/mask_ratio"] == pytest.approx(draws.masked.sum().item() / maskable.sum().item() / 3, rel=1e-5)
+    ratio = (draws.masked.sum((0, 2)) / maskable.sum(1) / 3).mean().item()
+    assert logged["elbo/mask_ratio"] == pytest.approx(ratio, rel=1e-5)
     assert logged["rewards/margins"] == pytest.approx(score.mean().item(), rel=1e-4)
 
 

@@ -47,7 +47,7 @@ class ELBOHeadOutput(FusedCausalLMOutput):
 
     Args:
         elbo: the estimate, detached.
-        mask_ratio: share of maskable tokens that were masked.
+        mask_ratio: `(B,)` share of a row's maskable tokens that were masked, mean over draws.
     """
 
     elbo: ELBO | None = None
@@ -109,7 +109,7 @@ class ELBOHead:
         real = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
         draws = self.sampler(maskable, input_ids, real, draw_nonce)
         elbo = self._score(model, input_ids, real, maskable, draws)
-        output = _to_trl(elbo, draws.masked.sum() / (maskable.sum() * draws.num_mc_samples))
+        output = _to_trl(elbo, draws.masked.sum((0, 2)) / (maskable.sum(1) * draws.num_mc_samples))
         if self.observer is not None:
             self.observer(output)
         return output

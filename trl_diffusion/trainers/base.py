@@ -45,6 +45,7 @@ from ..scoring.adapters import (
 from ..scoring.door import check_asked_for, is_conversational, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
 from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
+from .coupling import CouplingWatch
 from .data import readable, without_length_filter
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
@@ -117,6 +118,7 @@ class ELBOTrainerMixin(ReferenceMixin):
         """What TRL's constructor will meet: draws, diagnostics, and the reference of a model in memory."""
         self._sampler = args.mask_sampler()
         self._diagnostics = ScoreDiagnostics(args.beta)
+        self._coupling = CouplingWatch(args.couple_pairs)
         self._headed: list[torch.nn.Module] = []
         if isinstance(model, str):  # checked when it is loaded
             return ref_model
@@ -136,6 +138,11 @@ class ELBOTrainerMixin(ReferenceMixin):
         """A trainer that is complete: checked, and with the callbacks that watch its run."""
         for model in filter(None, (self.model, self.ref_model)):
             check_asked_for(model, self._headed)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef={self.router_aux_loss_coef}` adds a loss of the router, which a score does not "
+                "return. Set `router_aux_loss_coef=0.0`."
+            )
         cast_adapters(self.model, self.args.adapter_dtype)
         if self.args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
@@ -231,6 +238,8 @@ class ELBOTrainerMixin(ReferenceMixin):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of a batch, see [`~transformers.Trainer.compute_loss`]."""
+        if self.model.training:
+            self._coupling.look(inputs)
         with naming_the_example(inputs, self._tokenizer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -255,11 +264,6 @@ class ELBOTrainerMixin(ReferenceMixin):
         """The callback of a kind that keeps a running state; a resumed run has made a new one."""
         found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
         return found[0] if found else None
-
-    def _log_metrics(self, mode: str, metrics: dict[str, torch.Tensor]) -> None:
-        """Log means over all processes, of a number for each row or of one for the whole batch."""
-        for key, value in metrics.items():
-            self._metrics[mode][key].append(self.accelerator.gather(value).mean().item())
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""

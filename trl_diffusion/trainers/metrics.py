@@ -67,8 +67,8 @@ class ScoreDiagnostics:
                 alone where the reference was precomputed, which leaves the mask ratio only.
 
         Returns:
-            Tensors `(rows,)`, or `()` for the mask ratio: `elbo/score_variance`, of the mean over draws, and
-            `elbo/score_standard_error`, its root. With one draw, or one mirror pair, neither is there.
+            Tensors `(rows,)`: `elbo/mask_ratio`; `elbo/score_variance`, of the mean over draws, and
+            `elbo/score_standard_error`, its root. With one draw, or one mirror pair, the last two are not there.
         """
         metrics = _mask_ratio(outputs)
         if len(outputs) == 2:
@@ -115,7 +115,7 @@ def saturation(score: torch.Tensor) -> torch.Tensor:
 
 
 def _mask_ratio(outputs: list[ELBOHeadOutput]) -> dict[str, torch.Tensor]:
-    return {"elbo/mask_ratio": torch.stack([o.mask_ratio for o in outputs if o.mask_ratio is not None]).mean()}
+    return {"elbo/mask_ratio": torch.stack([o.mask_ratio for o in outputs if o.mask_ratio is not None]).mean(0)}
 
 
 def _difference_of_halves(samples: torch.Tensor) -> torch.Tensor:

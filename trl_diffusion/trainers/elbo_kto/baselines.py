@@ -3,8 +3,10 @@ Baselines of ELBO-KTO: what a response's log-ratio is compared with.
 
 With r_i = B_policy - B_reference on shared draws, a KTO loss is a function of s_i = beta (r_i - z_i) (ELBO-KTO, arXiv
 2510.23658). The baseline z_i carries no gradient. The paper takes the mean of r over the global micro-batch, which
-needs no further forward; KTO's own (arXiv 2402.01306) is the mean over mismatched pairs, clamped at zero, and is left
-to TRL.
+needs no further forward; KTO's own (arXiv 2402.01306) is the mean over mismatched pairs, clamped at zero.
+
+In evaluation the whole evaluation set stands in the place of the global micro-batch, so that what is reported is a
+function of the model and the set, and not of how the set was cut into batches.
 
 This module knows nothing of models or processes: it maps totals over the global micro-batch to baselines.
 """
@@ -26,16 +28,22 @@ class Totals:
     Args:
         total: `(2,)` float64, sum of r.
         count: `(2,)` float64, number of rows.
+        mismatched: `()` float64, sum of r over mismatched pairs, one for each row; None where there are none.
     """
 
     total: torch.Tensor
     count: torch.Tensor
+    mismatched: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, log_ratios: torch.Tensor, desirable: torch.Tensor) -> "Totals":
-        """Totals of the rows of one process: log-ratios `(B,)` nats, `desirable` `(B,)` bool."""
+    def of(cls, log_ratios: torch.Tensor, desirable: torch.Tensor, mismatched: torch.Tensor | None = None) -> "Totals":
+        """Totals of log-ratios `(B,)` nats, `desirable` `(B,)` bool, and log-ratios of mismatched pairs `(B,)`."""
         classes = torch.stack([desirable, ~desirable]).double()
-        return cls(total=classes @ log_ratios.detach().double(), count=classes.sum(1))
+        return cls(
+            total=classes @ log_ratios.detach().double(),
+            count=classes.sum(1),
+            mismatched=None if mismatched is None else mismatched.detach().double().sum(),
+        )
 
     @property
     def mean(self) -> torch.Tensor:
@@ -72,14 +80,15 @@ def _none(log_ratios, desirable, totals, running):
 
 
 def _batch_mean(log_ratios, desirable, totals, running):
-    """z_i = mean of r over the global micro-batch (the paper's)."""
-    return totals.mean.to(log_ratios).expand_as(log_ratios)
+    """z_i = mean of r over the global micro-batch (the paper's); zero for a row alone, whose own r it would be."""
+    mean = totals.mean if totals.count.sum() > 1 else torch.zeros_like(totals.mean)
+    return mean.to(log_ratios).expand_as(log_ratios)
 
 
 def _leave_one_out(log_ratios, desirable, totals, running):
     """z_i = mean of r over the other rows, so that r_i - z_i = n/(n-1) (r_i - mean r): independent of row i's draws."""
     others = totals.total.sum() - log_ratios.double()
-    return (others / (totals.count.sum() - 1)).to(log_ratios)
+    return (others / (totals.count.sum() - 1).clamp(min=1)).to(log_ratios)
 
 
 def _ema(log_ratios, desirable, totals, running):
@@ -93,15 +102,21 @@ def _ema_per_class(log_ratios, desirable, totals, running):
     return torch.where(desirable, means[DESIRABLE], means[UNDESIRABLE])
 
 
+def _kl(log_ratios, desirable, totals, running):
+    """z_i = mean of r over mismatched pairs, and no less than zero (KTO, arXiv 2402.01306, eq. 7)."""
+    return (totals.mismatched / totals.count.sum()).clamp(min=0).to(log_ratios).expand_as(log_ratios)
+
+
 Baseline = Callable[[torch.Tensor, torch.Tensor, Totals, RunningMeans], torch.Tensor]
 
 # A baseline maps detached log-ratios (B,), desirable (B,) bool, totals of the global micro-batch and running means to
-# z (B,). `kl` is TRL's own and not among them.
+# z (B,).
 BASELINES: dict[str, Baseline] = {
     "batch_mean": _batch_mean,
     "leave_one_out": _leave_one_out,
     "ema": _ema,
     "ema_per_class": _ema_per_class,
+    "kl": _kl,
     "none": _none,
 }
 # These compare a row with the batch that it is in, and are empty for a batch of one

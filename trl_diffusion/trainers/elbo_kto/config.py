@@ -46,7 +46,7 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
             "mismatched pairs clamped at zero; one more forward of the policy and of the reference, "
             "`train_sampling_strategy='sequential'`, and more than one row per device. `'none'`: zero, the default "
             "and only one of `loss_type='apo_zero_unpaired'`.",
-            "choices": [*BASELINES, "kl"],
+            "choices": list(BASELINES),
         },
     )
     ema_decay: float = field(
@@ -101,6 +101,12 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
             )
 
     def _check_batch(self) -> None:
+        if self.baseline == "kl" and self.per_device_train_batch_size < 2:
+            raise ValueError(
+                "`baseline='kl'` exchanges the completions of a batch, and `per_device_train_batch_size="
+                f"{self.per_device_train_batch_size}` leaves nothing to exchange. Raise it to at least 2, or set "
+                "`baseline='ema'`."
+            )
         rows = self.per_device_train_batch_size * self.world_size
         if self.baseline in NEED_A_BATCH and rows < 2:
             raise ValueError(

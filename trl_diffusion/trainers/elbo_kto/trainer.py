@@ -1,8 +1,6 @@
-"""The ELBO-KTO trainer: TRL's KTO trainer, whose log-probabilities are ELBOs and whose baseline is free."""
+"""The ELBO-KTO trainer: TRL's KTO trainer with the loss of ELBO-KTO, whose baseline is free."""
 
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +9,15 @@ from accelerate.logging import get_logger
 from ...scoring.door import KTOTrainer
 from ...scoring.head import on_draws
 from ..base import ELBOTrainerMixin
-from ..metrics import MEANINGLESS_METRICS, saturation
 from ..running import RunningMeansCallback
+from . import objective
 from .baselines import BASELINES, NEED_A_BATCH, RunningMeans, Totals
 from .composition import ComposedSampler
 from .config import ELBOKTOConfig
+from .mismatched import with_mismatched_pairs
+from .objective import Rows
 
 logger = get_logger(__name__)
-
-_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
@@ -85,14 +83,18 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
     _completion_columns = ("completion_ids",)
     _responses_per_row = 1
 
+    _evaluated: list[Rows] | None = None  # the rows of the evaluation that is going on
+    _warned_of_one_class = False
+
+    # Construction and data
+
     def _before_trl(self, model: Any, ref_model: Any, args: Any, *others: Any) -> Any:
         self._pairs_mismatched = args.baseline == "kl"
-        self._warned_of_batch = False
         return super()._before_trl(model, ref_model, args, *others)
 
     @property
     def calculate_KL(self) -> bool:
-        """Whether TRL makes and scores mismatched pairs: as the baseline says, where TRL goes by the loss type."""
+        """Whether there are mismatched pairs, which TRL asks: the baseline says so, where TRL goes by the loss type."""
         return self._pairs_mismatched
 
     @calculate_KL.setter
@@ -104,6 +106,12 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
             self.add_callback(RunningMeansCallback(decay=self.args.ema_decay))
         super()._after_trl()
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not self._pairs_mismatched:
+            return dataset
+        return with_mismatched_pairs(dataset, dataset_name, args.per_device_train_batch_size)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.batch_composition == "random" or not hasattr(dataset, "__len__"):
@@ -111,112 +119,117 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ComposedSampler(dataset["label"], self.args.batch_composition, seed)
 
+    # The loss
+
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """
-        TRL's KTO loss of r - z, the policy's and the reference's ELBO being on the same draws.
-
-        TRL subtracts the reference and, without a KL term, nothing else: z is handed to it as part of the reference.
-        """
-        mode = "train" if self.model.training else "eval"
+        """The mean of lambda_y (1 - v) over the rows of this process, see `objective.py`."""
+        mode, stored = "train" if self.model.training else "eval", self.precompute_ref_logps
         policy_nonce, reference_nonce = self._draw_nonces(mode)
-        policy = on_draws(model, policy_nonce)
         with self._diagnostics.collecting() as outputs, self._with_reference(inputs, reference_nonce) as inputs:
-            if self.args.baseline == "kl":
-                result = super()._compute_loss(policy, inputs, return_outputs)
-            else:
-                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-                arguments = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-                scored = policy(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
-                log_ratios = scored.log_probs.detach().sum(1) - inputs["ref_logps"]
-                baseline, totals = self._baseline(log_ratios, inputs["label"].bool())
-                inputs = {**inputs, "ref_logps": inputs["ref_logps"] + baseline}
-                with self._without_metrics(mode, _REWARDS):
-                    result = super()._compute_loss(_AlreadyScored(scored, policy), inputs, return_outputs)
-                self._log_baseline(mode, log_ratios, baseline, inputs["label"].bool(), totals)
-                if mode == "train":
-                    self._update_running_means(totals)
-        for key in (*MEANINGLESS_METRICS, *(() if self.args.baseline == "kl" else ("kl",))):
-            self._metrics[mode].pop(key, None)
-        self._learn_kappa(self._of_matched_pairs(outputs), pairs=False)
-        self._log_metrics(mode, self._diagnostics.of_rows(self._of_matched_pairs(outputs)))
-        return result
+            rows = self._score(on_draws(model, policy_nonce), inputs)
+        # The reference comes first and the policy last; what is between them are mismatched pairs
+        matched = outputs[-1:] if stored else [outputs[0], outputs[-1]]
+        self._learn_kappa(matched, pairs=False)
+        rows |= self._diagnostics.of_rows(matched)
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        everywhere = gather({name: values.detach() for name, values in rows.items()})
+        loss = self._losses(rows, everywhere).mean()
+        if mode == "eval" and self._evaluated is not None:
+            self._evaluated.append(everywhere)
+        else:
+            self._log_rows(mode, everywhere)
+        if mode == "train" and self._running_means:
+            self._running_means.means.update(_totals(everywhere))
+        if return_outputs:
+            with torch.no_grad():
+                return loss, model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return loss
 
-    @contextmanager
-    def _without_metrics(self, mode: str, names: tuple[str, ...]) -> Iterator[None]:
-        """Drop what is logged under these names inside the block."""
-        metrics = self._metrics[mode]
-        before = {name: list(metrics[name]) for name in names if name in metrics}
-        yield
-        for name in names:
-            metrics.pop(name, None)
-        metrics.update(before)
+    def _score(self, policy: Any, inputs: Any) -> Rows:
+        """The policy's ELBOs, and what they are above the reference's, which are among the inputs."""
 
-    def _of_matched_pairs(self, outputs: list[Any]) -> list[Any]:
-        """Without the scores of mismatched pairs: TRL asks for the reference, the two mismatched, and the policy."""
-        if not self.calculate_KL:
-            return outputs
-        return [outputs[0], outputs[-1]] if len(outputs) == 4 else outputs[-1:]
+        def elbos(prefix: str) -> torch.Tensor:
+            ids, real = inputs[f"{prefix}input_ids"], inputs[f"{prefix}attention_mask"]
+            labels = ids.masked_fill(inputs[f"{prefix}completion_mask"] == 0, -100)
+            return policy(input_ids=ids, attention_mask=real, labels=labels, fused_lm_head=True).log_probs.sum(1)
 
-    # Baseline
+        rows = {"desirable": inputs["label"].bool(), "num_tokens": inputs["attention_mask"].sum(1)}
+        if self._pairs_mismatched:
+            with torch.no_grad():
+                rows["mismatched"] = elbos("KL_") - inputs["ref_KL_logps"]
+        rows["elbo"] = elbos("")
+        return {**rows, "log_ratio": rows["elbo"] - inputs["ref_logps"]}
 
-    def _baseline(self, log_ratios: torch.Tensor, desirable: torch.Tensor) -> tuple[torch.Tensor, Totals]:
-        """The baseline z of this process's rows, from the totals over all processes."""
-        local = Totals.of(log_ratios, desirable)
-        total, count = self.accelerator.reduce(torch.stack([local.total, local.count]), reduction="sum")
-        totals = Totals(total, count)
-        name = self.args.baseline
-        if name in NEED_A_BATCH:
-            self._warn_of_batch(totals)
-            if totals.count.sum() == 1:
-                name = "none"
+    def _losses(self, rows: Rows, everywhere: Rows) -> torch.Tensor:
+        """`(B,)` losses of `rows`, which are compared with all rows `everywhere`."""
+        weights = (self.desirable_weight, self.undesirable_weight)
+        return objective.losses(rows, self._baseline(rows, everywhere), self.beta, weights)
+
+    def _baseline(self, rows: Rows, everywhere: Rows) -> torch.Tensor:
+        """`(B,)` the baseline z of `rows`, from totals over all rows `everywhere`."""
         running = self._running_means.means if self._running_means else RunningMeans(self.args.ema_decay)
-        return BASELINES[name](log_ratios, desirable, totals, running), totals
-
-    def _warn_of_batch(self, totals: Totals) -> None:
-        desirable, undesirable = totals.count.long().tolist()
-        if self._warned_of_batch or (desirable and undesirable):
-            return
-        self._warned_of_batch = True
-        logger.warning(
-            "A global micro-batch holds %d desirable and %d undesirable rows, so `baseline=%r` compares rows of one "
-            "class with each other%s. Larger batches, `batch_composition='balanced'` or `baseline='ema'` avoid it. "
-            "This warning is shown once; `kto/num_desirable` and `kto/num_undesirable` are logged.",
-            desirable,
-            undesirable,
-            self.args.baseline,
-            ", and a row alone with zero" if desirable + undesirable == 1 else "",
-        )
+        baseline = BASELINES[self.args.baseline]
+        return baseline(rows["log_ratio"].detach(), rows["desirable"], _totals(everywhere), running)
 
     @property
     def _running_means(self) -> RunningMeansCallback | None:
         return self._callback(RunningMeansCallback)
 
-    def _update_running_means(self, totals: Totals) -> None:
-        if self._running_means:
-            self._running_means.means.update(totals)
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """
+        Evaluate, see [`~transformers.Trainer.evaluation_loop`].
 
-    def _log_baseline(self, mode, log_ratios, baseline, desirable, totals):
-        """The rewards, of r and not of TRL's r - z, and the `kto/...` metrics."""
-        metrics, beta = self._metrics[mode], self.beta
-        score = beta * (log_ratios - baseline)
-        sums = torch.stack([score[desirable].double().sum(), -score[~desirable].double().sum()])
-        margins = self.accelerator.reduce(sums, reduction="sum") / totals.count
-        names = [("chosen", "desirable"), ("rejected", "undesirable")]
-        for (trl_name, name), total, count, margin in zip(names, totals.total, totals.count, margins, strict=True):
-            metrics[f"kto/num_{name}"].append(count.item())
-            if count:
-                metrics[f"rewards/{trl_name}"].append(beta * (total / count).item())
-                metrics[f"kto/margins_{name}"].append(margin.item())
-        if bool(totals.count.all()):
-            metrics["rewards/margins"].append(metrics["rewards/chosen"][-1] - metrics["rewards/rejected"][-1])
-        self._log_metrics(mode, {"kto/baseline": baseline, "kto/saturation": saturation(score)})
+        The whole set takes the place of the global micro-batch: loss and metrics do not depend on how it was cut.
+        """
+        parts: list[Rows] = []
+        self._evaluated = parts
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluated = None
+        if parts:
+            rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            output.metrics[f"{metric_key_prefix}_loss"] = self._losses(rows, rows).double().mean().item()
+            self._metrics["eval"].clear()
+            self._log_rows("eval", rows)
+        return output
+
+    # Metrics
+
+    def _log_rows(self, mode: str, rows: Rows) -> None:
+        """Log the metrics of a global micro-batch, or of a whole evaluation set."""
+        if self.args.baseline in NEED_A_BATCH:
+            self._warn_of_one_class(mode, rows["desirable"])
+        logged = objective.metrics(rows, self._baseline(rows, rows), self.beta)
+        if self._pairs_mismatched:
+            logged["kl"] = logged["kto/baseline"]  # TRL's name for it
+        for name, value in logged.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += int(rows["num_tokens"].sum()) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _warn_of_one_class(self, mode: str, desirable: torch.Tensor) -> None:
+        number, total = int(desirable.sum()), len(desirable)
+        if self._warned_of_one_class or 0 < number < total:
+            return
+        self._warned_of_one_class = True
+        cure = (
+            "Larger batches, `batch_composition='balanced'` or `baseline='ema'` avoid it."
+            if mode == "train"
+            else "Give a set with rows of both, or set `baseline='ema'`."
+        )
+        logger.warning(
+            "%s holds %d desirable and %d undesirable rows, so `baseline=%r` compares rows of one class with each "
+            "other%s. %s This warning is shown once; `kto/num_desirable` and `kto/num_undesirable` are logged.",
+            "A global micro-batch" if mode == "train" else "An evaluation set",
+            number,
+            total - number,
+            self.args.baseline,
+            ", and a row alone with zero" if total == 1 else "",
+            cure,
+        )
 
 
-class _AlreadyScored:
-    """Stands for a model whose score is known: TRL asks for it once more, and the forward is not run again."""
-
-    def __init__(self, scored: Any, model: Any):
-        self.scored, self.model = scored, model
-
-    def __call__(self, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return self.scored if fused_lm_head else self.model(*args, **kwargs)
+def _totals(rows: Rows) -> Totals:
+    return Totals.of(rows["log_ratio"], rows["desirable"], rows.get("mismatched"))

@@ -4,7 +4,7 @@ import textwrap
 from typing import Any
 
 from ...scoring.door import DPOTrainer
-from ...scoring.head import on_draws
+from ...scoring.head import ELBOHeadOutput, on_draws
 from ..base import ELBOTrainerMixin
 from ..metrics import MEANINGLESS_METRICS
 from .config import DiffusionVRPOConfig
@@ -76,8 +76,18 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
         policy_nonce, reference_nonce = self._draw_nonces(mode)
         with self._diagnostics.collecting() as outputs, self._with_reference(inputs, reference_nonce) as inputs:
             result = super()._compute_loss(on_draws(model, policy_nonce), inputs, return_outputs)
-        for key in MEANINGLESS_METRICS:
-            self._metrics[mode].pop(key, None)
         self._learn_kappa(outputs, pairs=True)
-        self._log_metrics(mode, self._diagnostics.of_pairs(outputs))
+        self._log_pairs(mode, outputs)
         return result
+
+    def _log_pairs(self, mode: str, outputs: list[ELBOHeadOutput]) -> None:
+        """Beside TRL's metrics those of the score's noise; all of them means over all processes."""
+        metrics = self._metrics[mode]
+        for name in MEANINGLESS_METRICS:
+            metrics.pop(name, None)
+        for name, of_pairs in self._diagnostics.of_pairs(outputs).items():
+            metrics[name].append(self.accelerator.gather(of_pairs).mean().item())
+        if mode == "eval":  # TRL averages over batches: one of n pairs counts n times, so that the last may be smaller
+            pairs = len(outputs[-1].log_probs) // 2
+            for values in metrics.values():
+                values.extend(values[-1:] * (pairs - 1))
