@@ -575,7 +575,7 @@ def test_an_evaluation_set_of_one_class_is_warned_of(tmp_path, caplog):
 OPTIONS = [
     ({"per_device_train_batch_size": 1}, "`baseline='batch_mean'` compares a row with its global micro-batch.*'ema'"),
     ({"per_device_train_batch_size": 1, "baseline": "leave_one_out"}, "`baseline='leave_one_out'` compares"),
-    ({"baseline": "median"}, r"`baseline` must be one of \['batch_mean', .*'kl'\], got 'median'"),
+    ({"baseline": "median"}, r"`baseline` must be one of .*'kl'.*got 'median'"),
     ({"baseline": "ema", "ema_decay": 1.0}, r"`ema_decay` must be in \[0, 1\), got 1.0"),
     ({"batch_composition": "sorted"}, "`batch_composition` must be one of .*got 'sorted'"),
     ({"loss_type": "apo_zero_unpaired", "baseline": "ema"}, "compares with zero: `baseline='ema'` would be ignored"),
