@@ -7,6 +7,7 @@ os.environ.setdefault("CI", "1")
 
 import pytest
 import torch
+from accelerate.logging import MultiProcessAdapter
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,12 @@ def make_pairs(n: int = 6) -> Dataset:
             "rejected": [" ".join(WORDS[-3 - i % 5 : -1]) for i in range(n)],
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_shown_once_a_test():
+    """Not once a process, or a test would see them or not by what ran before it."""
+    MultiProcessAdapter.warning_once.cache_clear()
 
 
 @pytest.fixture

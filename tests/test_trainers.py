@@ -322,7 +322,7 @@ def test_metrics(tmp_path):
     with torch.no_grad():
         trainer.compute_loss(trainer.model, inputs)
     logged = {key: values[0] for key, values in trainer._metrics["train"].items() if isinstance(values, list)}
-    assert set(logged) == {
+    variance = ((first + second - 2 * score) ** 2 / 2 + (single - score) ** 2) / 3  # V of a unit as its size
         "num_tokens",
         "rewards/chosen",
         "rewards/rejected",
