@@ -322,7 +322,7 @@ def test_metrics(tmp_path):
     with torch.no_grad():
         trainer.compute_loss(trainer.model, inputs)
     logged = {key: values[0] for key, values in trainer._metrics["train"].items() if isinstance(values, list)}
-    variance = ((first + second - 2 * score) ** 2 / 2 + (single - score) ** 2) / 3  # V of a unit as its size
+    assert set(logged) == {
         "num_tokens",
         "rewards/chosen",
         "rewards/rejected",
@@ -344,7 +344,7 @@ def test_metrics(tmp_path):
     chosen, rejected = (0.2 * (policy - reference)).chunk(2, dim=1)
     first, second, single = chosen - rejected  # a mirror pair and a draw of its own
     score = (first + second + single) / 3
-    variance = ((first + second - 2 * score) ** 2 + (single - score) ** 2) / 9 * 2
+    variance = ((first + second - 2 * score) ** 2 / 2 + (single - score) ** 2) / 3  # in proportion to a unit's draws
     assert logged["elbo/score_variance"] == pytest.approx(variance.mean().item(), rel=1e-4)
     assert logged["elbo/score_standard_error"] == pytest.approx(variance.sqrt().mean().item(), rel=1e-4)
     assert logged["elbo/saturation"] == pytest.approx(
