@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from math import comb
 from pathlib import Path
 
@@ -12,12 +13,20 @@ import torch
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import DatasetDict, IterableDataset
 from oracles import MASK, TableDenoiser, exact_fixed_count_variances, subsets
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from trl_diffusion import ControlVariate, DiffusionVRPOConfig, VarianceReport, diagnose_variance, draw_masks, elbo
 from trl_diffusion.diagnosis.diagnose import _variance
 from trl_diffusion.diagnosis.report import ENOUGH_DRAWS, ESTIMATORS
-from trl_diffusion.estimators.variance import Scored, fixed_count_repeats, fixed_count_samples, repeats, variance_parts
+from trl_diffusion.estimators.variance import (
+    Scored,
+    fixed_count_repeats,
+    fixed_count_samples,
+    repeats,
+    variance_of_repeats,
+    variance_parts,
+)
+from trl_diffusion.models import family
 from trl_diffusion.scoring import head
 
 LENGTH = 8
@@ -41,8 +50,46 @@ def log_ratios():
 
 
 def scored(table, num_draws, seed):
-    masked = draw_masks(torch.ones(1, LENGTH, dtype=torch.bool), num_draws, "mirror", True, seed=seed).masked[:, 0]
+    """In two sets."""
+    masked = draw_masks(torch.ones(2, LENGTH, dtype=torch.bool), num_draws // 2, "mirror", True, seed=seed).masked
+    masked = masked.transpose(0, 1)
     return Scored(masked, table[(masked.long() << torch.arange(LENGTH)).sum(-1)])
+
+
+def test_variance_of_repeats_by_enumeration():
+    """Sets whose repeats depend on each other in any way: the mean over all that can come is the variance of one."""
+    outcomes = torch.tensor([[1.0, -1.0, 4.0], [3.0, -2.0, 0.0], [-1.0, 4.0, 1.0]]).double()  # of a set, equally likely
+    every = [torch.stack(sets) for sets in product(outcomes, repeat=3)]
+    assert outcomes.mean(0).sum() == 3 * outcomes.mean(0)[0]  # repeats have one distribution's mean
+    exact = outcomes.flatten().var(correction=0).item()
+    assert sum(map(variance_of_repeats, every)) / len(every) == pytest.approx(exact, rel=1e-12)
+    alone = torch.tensor([[1.0], [2.0], [4.0]]).double()
+    assert variance_of_repeats(alone) == pytest.approx(alone.var().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("scheme, count", [("mirror", 4), ("mirror", 16), ("fixed_count", 4), ("fixed_count", 16)])
+def test_noise_of_levels_alone_is_not_overstated(scheme, count):
+    """Every token is worth -(2 + 4 t^2) nats at level t: repeats of a set lie evenly between each other's levels."""
+
+    size, length = 20_000, 37
+
+    def worth(masked):
+        return -(2 + 4 * (masked.sum(-1, keepdim=True) / length).double().square()) * masked
+
+    draws = draw_masks(torch.ones(size, length, dtype=torch.bool), count, scheme, True, seed=2)
+    squared = (worth(draws.masked) * draws.weight).sum((0, 2))
+    squared = (squared - squared.mean()).square()
+    masked = draw_masks(torch.ones(2 * 500, length, dtype=torch.bool), 32, "mirror", True, seed=1).masked
+    found = torch.tensor(
+        [
+            variance_of_repeats(
+                (repeats if scheme == "mirror" else fixed_count_repeats)(Scored(sets, worth(sets)), count)
+            )
+            for sets in masked.transpose(0, 1).split(2)
+        ]
+    )
+    error = (squared.var() / size + found.var() / len(found)).sqrt()
+    assert abs(found.mean() - squared.mean()) < 4 * error
 
 
 def test_variance_parts_of_as_many_draws_as_are_reported(log_ratios):
@@ -102,9 +149,12 @@ def test_the_variance_of_a_pair_is_that_of_scores_made_one_by_one(name):
     )  # fmt: skip
     chosen, rejected = ((values * weight).sum((0, 2)) for _, values, weight in made)
     squared = ((chosen - rejected) - (chosen - rejected).mean()).square()
-    drawn = list(draw_pairs(pair, 10**6 + torch.arange(200), 64, "mirror", True, 5, None, True))
+    drawn = [
+        [part.transpose(0, 1).unflatten(0, (200, 2)) for part in (masked, values)]
+        for masked, values, _ in draw_pairs(pair, 10**6 + torch.arange(400), 32, "mirror", True, 5, None, True)
+    ]
     found = torch.tensor(
-        [_variance(name, 4, *(Scored(masked[:, r], values[:, r]) for masked, values, _ in drawn)) for r in range(200)]
+        [_variance(name, 4, *(Scored(masked[r], values[r]) for masked, values in drawn)) for r in range(200)]
     )
     error = (squared.var() / size + found.var() / len(found)).sqrt()
     assert abs(found.mean() - squared.mean()) < 4 * error + 0.03 * squared.mean()
@@ -120,10 +170,10 @@ def test_variance_parts_against_enumeration(log_ratios):
         mu = values.sum(0) / comb(LENGTH - 1, size - 1)
         of_means = torch.tensor([mu[list(m)].sum() * LENGTH / size for m in masks])
         tokens += of_means.var(correction=0).item() / LENGTH
-    found = [variance_parts(scored(table, 256, seed)) for seed in range(60)]
+    found = [variance_parts(scored(table, 256, seed)) for seed in range(200)]
     for part, exact in {"level": level, "tokens": tokens, "context": within - tokens}.items():
         values = torch.tensor([each[part] for each in found])
-        assert abs(values.mean() - exact) < 4 * values.std() / 60**0.5, part
+        assert abs(values.mean() - exact) < 4 * values.std() / 200**0.5, part
 
 
 @pytest.mark.parametrize("num_draws", [4, 8])
@@ -146,20 +196,21 @@ def test_repeats_have_the_variance_of_estimates_made_one_by_one(log_ratios, sche
         values = (
             fixed_count_repeats(one, num_draws) if scheme == "fixed_count" else repeats(one, num_draws, control_variate)
         )
-        assert len(values) == 64 // num_draws // (2 if scheme == "fixed_count" else 1)
-        found.append(values.var())
-    found = torch.stack(found)
+        assert values.shape == (2, 32 // num_draws // (2 if scheme == "fixed_count" else 1))
+        found.append(variance_of_repeats(values))
+    found = torch.tensor(found)
     error = (squared.var() / size + found.var() / len(found)).sqrt()
     assert abs(found.mean() - squared.mean()) < 4 * error
-    assert abs(repeats(scored(table, 64, 0), 64).item() - fixed_count_samples(scored(table, 64, 0)).mean()) < 1e-9
+    whole = scored(table, 64, 0)
+    assert (repeats(whole, 32).squeeze(1) - fixed_count_samples(whole).mean(1)).abs().max() < 1e-9
 
 
 def diagnose(tmp_path, model=None, ref_model=None, dataset=None, **options):
-    options = {"num_pairs": 4, "num_draws": 32, **options}
+    options = {"num_pairs": 4, "num_draws": 32, "processing_class": make_tokenizer(), **options}
     args = DiffusionVRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], seed=5)
     return diagnose_variance(
         model if model is not None else make_model(seed=1), ref_model, make_pairs() if dataset is None else dataset,
-        args, processing_class=make_tokenizer(), **options,
+        args, **options,
     )  # fmt: skip
 
 
@@ -204,18 +255,102 @@ def test_an_interrupted_diagnosis_goes_on_and_other_weights_start_anew(tmp_path,
 
 def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
     model = make_model(seed=1)
-    names = set(model.state_dict())
     report = diagnose(tmp_path / "out", model)
     model.save_pretrained(tmp_path / "model")
-    assert diagnose(tmp_path / "other", str(tmp_path / "model")).variance == report.variance
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    by_path = diagnose(tmp_path / "by path", str(tmp_path / "model"), processing_class=None)
+    assert by_path.variance == report.variance
     assert not report.compares_with_reference and "stand in for log-ratios" in str(report)
     # How many draws are enough is a statement about the score, which is zero
     assert "num_mc_samples" not in report.options and "num_mc_samples" not in str(report)
     assert "Score: " not in str(report) and "train for some steps" in str(report)
-    assert set(model.state_dict()) == names and all(v > 0 for v in report.variance.values())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    diagnose(tmp_path / "with adapter", model, peft_config=LoraConfig(r=2))
-    assert set(model.state_dict()) == names and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(v > 0 for v in report.variance.values())
+    # An adapter that is still to be made does nothing yet
+    assert diagnose(tmp_path / "with adapter", model, peft_config=LoraConfig(r=2)).variance == report.variance
+
+
+def trained_adapter(base, **options):
+    torch.manual_seed(0)
+    options = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj"], "lora_dropout": 0.5, **options}
+    return get_peft_model(base, LoraConfig(**options))
+
+
+def partly_frozen():
+    model = make_model(seed=1)
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def adapter_and_its_copy():
+    """As a trainer leaves it, in training mode, with a frozen half of an adapter."""
+    model = trained_adapter(make_model(seed=1), modules_to_save=["ff_norm"])
+    model.add_adapter("ref", model.peft_config["default"])
+    model.train()
+    next(p for name, p in model.named_parameters() if "lora_A.default" in name).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("make", [make_model, partly_frozen, adapter_and_its_copy], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("fails", [False, True], ids=["", "fails"])
+def test_models_are_left_as_they_came(tmp_path, make, fails, monkeypatch):
+    """Weights to the last bit, names, what is trained, modes, configuration and forward; also after an error."""
+    models = make(), make_model(seed=2)
+
+    def state(model):
+        return (
+            {name: (value.clone(), value.dtype) for name, value in model.state_dict().items()},
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+            {name: module.training for name, module in model.named_modules()},
+            {name: sorted(vars(module)) for name, module in model.named_modules()},
+            (
+                model.config.to_dict(),
+                repr(getattr(model, "peft_config", None)),
+                getattr(model, "active_adapters", None),
+            ),
+        )
+
+    before = list(map(state, models))
+    if fails:
+        monkeypatch.setattr(
+            head, "_score_draws", lambda model, ids, mask, chunk: torch.full(chunk.masked.shape, torch.nan)
+        )
+        with pytest.raises(ValueError, match="The example is"):
+            diagnose(tmp_path, *models)
+    else:
+        diagnose(tmp_path / "with a reference", *models)
+        diagnose(tmp_path / "without", models[0])
+    for old, new in zip(before, map(state, models), strict=True):
+        assert old[1:] == new[1:] and old[0].keys() == new[0].keys()
+        assert all(torch.equal(old[0][name][0], new[0][name][0]) for name in old[0])
+        assert all(old[0][name][1] == new[0][name][1] for name in old[0])
+
+
+@pytest.mark.parametrize(
+    "model, options, message",
+    [
+        (trained_adapter(make_model()), {"peft_config": LoraConfig()}, "has an adapter, and `peft_config` would make"),
+        (make_model(), {"peft_config": LoraConfig(init_lora_weights=False)}, "makes an adapter of random weights"),
+        (make_model(), {"peft_config": PromptTuningConfig()}, "Virtual tokens before the prompt cannot be scored"),
+        (make_model(), {"quantization_config": object()}, "`quantization_config` is for a model that is given by its"),
+        ("merged", {}, r"is merged into the base model, the reference: call `model\.unmerge_adapter\(\)`"),
+    ],
+)
+def test_what_is_no_policy_beside_its_reference_is_refused(tmp_path, model, options, message):
+    if model == "merged":
+        model = trained_adapter(make_model())
+        model.merge_adapter()
+    with pytest.raises(ValueError, match=message):
+        diagnose(tmp_path, model, **options)
+
+
+def test_another_fact_of_the_family_is_another_diagnosis(tmp_path, monkeypatch):
+    """Stored pairs are found under everything that their scores depend on."""
+    calls = count_forwards(monkeypatch)
+    report = diagnose(tmp_path)
+    whole = len(calls)
+    other = replace(family.FAMILIES["llada"], logit_shift=1)
+    monkeypatch.setitem(family.FAMILIES, "llada", other)
+    assert diagnose(tmp_path) != report and len(calls) == 2 * whole
 
 
 def test_an_adapter_that_has_changed_its_base_model(tmp_path):
@@ -234,10 +369,7 @@ def test_a_stream_and_what_is_no_dataset(tmp_path):
 
 
 def test_an_adapter_is_compared_with_the_model_without_it(tmp_path):
-    torch.manual_seed(0)
-    policy = get_peft_model(make_model(seed=1), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    merged = get_peft_model(make_model(seed=1), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    merged.load_state_dict(policy.state_dict())
+    policy, merged = trained_adapter(make_model(seed=1)), trained_adapter(make_model(seed=1))
     with_adapter = diagnose(tmp_path / "a", policy)
     explicit = diagnose(tmp_path / "b", merged.merge_and_unload(), make_model(seed=1))
     assert with_adapter.compares_with_reference

@@ -3,31 +3,35 @@ How noisy the preference score is on the user's own model and data, and which es
 
 The protocol is that of VRPO (arXiv 2505.19223, section 4.3): repeated estimates of the scores of some pairs. Here every
 pair is scored once, on many stratified mirror pairs, and the repeats of all estimators are read off these scores
-(`variance_analysis.py`).
+(`estimators/variance.py`).
 """
 
-import copy
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig
 from tqdm.auto import tqdm
 
 from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
 from ..estimators.hashing import hash_rows
-from ..estimators.variance import Scored, fixed_count_repeats, fixed_count_samples, repeats, variance_parts
-from ..scoring.adapters import refuse_changed_base
-from ..scoring.door import hash_module
+from ..estimators.variance import (
+    Scored,
+    fixed_count_repeats,
+    fixed_count_samples,
+    repeats,
+    variance_of_repeats,
+    variance_parts,
+)
 from ..scoring.head import FIXED_NONCE
 from ..trainers.vrpo.config import DiffusionVRPOConfig
-from ..trainers.vrpo.trainer import DiffusionVRPOTrainer
 from .report import DRAW_COUNTS, ESTIMATORS, VarianceReport
+from .scorer import Scorer, prepare
+
+_NONCES = (FIXED_NONCE, FIXED_NONCE + 1)  # one for each independent set of draws
 
 
 def diagnose_variance(
@@ -47,7 +51,8 @@ def diagnose_variance(
     Measure the noise of the preference score on a model and a preference dataset, and recommend an estimator.
 
     Costs `num_pairs * 2 * num_draws` forwards of the policy and of the reference, no backward. Finished pairs are kept
-    in `variance.jsonl` in `args.output_dir`, under the weights, the tokens and the draws, and not scored again.
+    in `variance.jsonl` in `args.output_dir`, under the weights, the tokens and the draws, and not scored again. No trainer
+    is made, and the models are left as they came.
 
     Args:
         model: as in [`DiffusionVRPOTrainer`]. The reference of a model with an adapter is the model without it. A model
@@ -56,7 +61,7 @@ def diagnose_variance(
         dataset: preference dataset; the first `num_pairs` rows are used.
         args: configuration; its options of the estimator are not used, those of the data and the memory are.
         processing_class: as in [`DiffusionVRPOTrainer`].
-        peft_config: as in [`DiffusionVRPOTrainer`].
+        peft_config: of an adapter that would be trained. It does nothing yet, so none is made.
         quantization_config: as in [`DiffusionVRPOTrainer`].
         num_pairs: pairs to score.
         num_draws: draws of each response, a multiple of 32 and at least 32.
@@ -66,32 +71,25 @@ def diagnose_variance(
         [`VarianceReport`].
 
     Raises:
-        ValueError: no dataset, fewer than two pairs, or a number of draws that cannot be dealt out.
+        ValueError: no dataset, fewer than two pairs, a number of draws that cannot be dealt out, or an adapter that is
+            not a policy beside its base model.
     """
     _check(dataset, num_pairs, num_draws)
-    args = _with_many_draws(args or DiffusionVRPOConfig("variance"), num_draws)
-    has_adapter = not isinstance(model, str) and is_peft_model(model)
-    if has_adapter and ref_model is None:
-        for config in model.peft_config.values():
-            refuse_changed_base(config, "Pass that one as `ref_model`.")
-    fresh = ref_model is None and peft_config is None and not has_adapter
-    trained = [] if isinstance(model, str) else [p for p in model.parameters() if p.requires_grad]
-    trainer = DiffusionVRPOTrainer(
-        model,
-        ref_model,
-        args,
-        train_dataset=_first_rows(dataset, num_pairs),
-        processing_class=processing_class,
-        peft_config=LoraConfig(r=1) if fresh else peft_config,  # an adapter that is zero, so that nothing is copied
-        quantization_config=quantization_config,
+    args = args or DiffusionVRPOConfig("variance")
+    scorer, pairs = prepare(
+        model, ref_model, _first_rows(dataset, num_pairs), args, processing_class, peft_config, quantization_config
     )
-    if has_adapter and "ref" in trainer.model.peft_config:
-        trainer.model.delete_adapter("ref")  # TRL's copy of the adapter, from which training would start
-    rows = _score_pairs(trainer, args.mask_sampler(), Path(args.output_dir) / "variance.jsonl")
-    if not isinstance(model, str) and not has_adapter and is_peft_model(trainer.model):
-        trainer.model.unload()  # the adapter that was made here; PEFT has frozen everything else
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    # The draws of all estimators can be picked from stratified mirror pairs that chosen and rejected share
+    sampler = replace(
+        args.mask_sampler(),
+        num_mc_samples=num_draws // len(_NONCES),
+        scheme="mirror",
+        stratify=True,
+        control_variate=None,
+        couple_pairs=True,
+    )
+    with scorer.left_as_it_came():
+        rows = _score_pairs(scorer, pairs, sampler, Path(args.output_dir) / "variance.jsonl")
     return _report(rows, num_draws, args.beta, target_standard_error)
 
 
@@ -104,14 +102,6 @@ def _check(dataset: Any, num_pairs: int, num_draws: int) -> None:
         raise ValueError("`dataset` is missing: give a preference dataset, of which a few pairs are scored.")
 
 
-def _with_many_draws(args: DiffusionVRPOConfig, num_draws: int) -> DiffusionVRPOConfig:
-    """The draws of all estimators can be picked from stratified mirror pairs that chosen and rejected share."""
-    args = copy.copy(args)
-    args.num_mc_samples, args.mask_scheme, args.stratify, args.couple_pairs = num_draws, "mirror", True, True
-    args.control_variate, args.share_draws, args.precompute_ref_log_probs = "none", True, False
-    return args
-
-
 def _first_rows(dataset: Any, number: int) -> Any:
     """As a dataset; what is not one is refused by the trainer."""
     if isinstance(dataset, IterableDataset):
@@ -119,22 +109,20 @@ def _first_rows(dataset: Any, number: int) -> Any:
     return dataset.select(range(min(number, len(dataset)))) if isinstance(dataset, Dataset) else dataset
 
 
-def _score_pairs(trainer: DiffusionVRPOTrainer, sampler: MaskSampler, path: Path) -> list[dict[str, Any]]:
+def _score_pairs(
+    scorer: Scorer, pairs: list[dict[str, torch.Tensor]], sampler: MaskSampler, path: Path
+) -> list[dict[str, Any]]:
     """One row of numbers for each pair, from the file where it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
     done = {row["key"]: row for row in map(_parse, lines) if row}
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    models = [unwrapped] if trainer.ref_model is None else [unwrapped, trainer.ref_model]
-    scorers = [(hash_module(model), trainer._scoring_settings(model)) for model in models]
+    of_models = scorer.key()
     rows = []
-    trainer.model.eval()
-    for example in tqdm(trainer.train_dataset, desc="scoring pairs"):
-        inputs = trainer._prepare_inputs(trainer.data_collator([example]))
-        content = hash_rows(inputs["input_ids"] * 2 + inputs["completion_mask"], inputs["attention_mask"].bool())
-        key = str((content.tolist(), scorers, sampler.key))
+    for inputs in tqdm(pairs, desc="scoring pairs"):
+        content = hash_rows(inputs["input_ids"] * 2 + inputs["maskable"], inputs["attention_mask"])
+        key = str((content.tolist(), of_models, sampler.key, _NONCES))
         if key not in done:
-            done[key] = {"key": key, **_measure(*_score_pair(trainer, sampler, inputs))}
+            done[key] = {"key": key, **_measure(*_score_pair(scorer, inputs, sampler))}
             with open(path, "a") as file:
                 file.write(json.dumps(done[key]) + "\n")
         rows.append(done[key])
@@ -148,23 +136,16 @@ def _parse(line: str) -> dict[str, Any] | None:
         return None  # cut off while it was written: that pair is scored again
 
 
-def _score_pair(trainer: DiffusionVRPOTrainer, sampler: MaskSampler, inputs: dict[str, Any]) -> tuple[Any, ...]:
+def _score_pair(scorer: Scorer, inputs: dict[str, torch.Tensor], sampler: MaskSampler) -> tuple[Any, ...]:
     """Chosen and rejected, scored; their tokens; and whether the policy differs from its reference."""
-    maskable = inputs["completion_mask"].bool()
-    labels = inputs["input_ids"].masked_fill(~maskable, -100)
-    arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
-    with trainer._diagnostics.collecting() as outputs, torch.no_grad():
-        with trainer.accelerator.autocast():
-            trainer.model(**arguments, fused_lm_head=True, draw_nonce=FIXED_NONCE)
-        trainer.compute_ref_log_probs(partial(trainer.ref_model or trainer.model, draw_nonce=FIXED_NONCE), inputs)
-    policy, reference = (output.elbo.log_probs for output in outputs if output.elbo)
+    sets = [scorer.score(sampler, inputs, nonce) for nonce in _NONCES]
+    masked = torch.stack([draws.masked for draws, _, _ in sets])  # (S, M, 2, L)
+    policy, reference = (torch.stack(values) for values in list(zip(*sets, strict=True))[1:])
     differs = not torch.equal(policy, reference)
-    values = (policy - reference if differs else policy).cpu()
-    masked = sampler(maskable, inputs["input_ids"], inputs["attention_mask"], FIXED_NONCE).masked.cpu()
-    maskable = maskable.cpu()
-    scored = [Scored(masked[:, b, maskable[b]], values[:, b, maskable[b]]) for b in (0, 1)]
-    tokens = [inputs["input_ids"][b].cpu()[maskable[b]].tolist() for b in (0, 1)]
-    return *scored, tokens, differs
+    values = policy - reference if differs else policy
+    places = inputs["maskable"]
+    scored = [Scored(masked[:, :, b, places[b]], values[:, :, b, places[b]]) for b in (0, 1)]
+    return *scored, [inputs["input_ids"][b][places[b]].tolist() for b in (0, 1)], differs
 
 
 def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs: bool) -> dict[str, Any]:
@@ -176,7 +157,7 @@ def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs:
         f"{name}|{count}": _variance(name, count, chosen, rejected)
         for name in ESTIMATORS
         for count in DRAW_COUNTS
-        if count < len(chosen.masked) // 2
+        if chosen.masked.shape[1] % (2 * count) == 0
     }
     return {
         "differs": differs,
@@ -189,16 +170,17 @@ def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs:
 
 def _variance(name: str, count: int, chosen: Scored, rejected: Scored) -> float:
     """Of the difference of the two estimates. Coupled: on the same draws; else on draws that are far apart."""
+    pair = (chosen, rejected)
     if name == "VRPO paper":
-        return sum(fixed_count_samples(scored).var().item() for scored in (chosen, rejected)) / count
+        return sum(variance_of_repeats(fixed_count_samples(scored)) for scored in pair) / count
     if name == "fixed counts":
-        values = [fixed_count_repeats(scored, count) for scored in (chosen, rejected)]
+        values = [fixed_count_repeats(scored, count) for scored in pair]
     else:
         control = ControlVariate() if ESTIMATORS[name]["control_variate"] == "leave_one_out" else None
-        values = [repeats(scored, count, control) for scored in (chosen, rejected)]
+        values = [repeats(scored, count, control) for scored in pair]
     if not ESTIMATORS[name]["couple_pairs"]:
-        return sum(value.var().item() for value in values)
-    return (values[0] - values[1]).var().item()
+        return sum(map(variance_of_repeats, values))
+    return variance_of_repeats(values[0] - values[1])
 
 
 def _report(rows: list[dict[str, Any]], num_draws: int, beta: float, target: float) -> VarianceReport:

@@ -1,10 +1,13 @@
 """
 What one scored set of draws says about the variance of every estimator: no further forwards.
 
-A pair was scored on M draws of stratified mirror pairs. A mirror pair is two fixed-count draws, levels are evenly
-spread, and every n-th mirror pair is again a stratified set. So the same numbers hold many repeats of an estimate with
-K draws, of any linear scheme: only the weights change. Where the policy is its reference, its log-probabilities stand
-in for the log-ratios.
+A pair was scored on S independent sets of M draws: stratified mirror pairs. A mirror pair is two fixed-count draws,
+levels are evenly spread, and every n-th mirror pair is again a stratified set. So the same numbers hold many repeats of
+an estimate with K draws, of any linear scheme: only the weights change. Where the policy is its reference, its
+log-probabilities stand in for the log-ratios.
+
+The repeats of one set are not independent: their levels lie between each other's. What that does to their mean is seen
+by comparing sets.
 
 This module knows nothing of models.
 """
@@ -21,11 +24,11 @@ _LEVEL_BINS, _DRAWS_PER_BIN = 8, 8  # fewer draws at a level hardly ever hide th
 @dataclass(frozen=True)
 class Scored:
     """
-    One response, scored on M mirror-pair draws.
+    One response, scored on S sets of M mirror-pair draws.
 
     Args:
-        masked: `(M, T)` bool over the T tokens of the response; draws 2u and 2u + 1 are a mirror pair.
-        log_ratios: `(M, T)` nats, policy minus reference, zero where not masked.
+        masked: `(S, M, T)` bool over the T tokens of the response; draws 2u and 2u + 1 are a mirror pair.
+        log_ratios: `(S, M, T)` nats, policy minus reference, zero where not masked.
     """
 
     masked: torch.Tensor
@@ -34,35 +37,47 @@ class Scored:
 
 def repeats(scored: Scored, num_draws: int, control_variate: ControlVariate | None = None) -> torch.Tensor:
     """
-    Estimates from mirror pairs with K = `num_draws`, K even: `(M / K,)` nats, each from levels that are evenly spread.
+    Estimates from mirror pairs with K = `num_draws`, K even and a divisor of M: `(S, M / K)` nats, each from levels
+    that are evenly spread.
     """
-    masked, values = _deal(scored.masked, num_draws, 2), _deal(scored.log_ratios, num_draws, 2)
-    inclusion = masked.sum(-1).double() / masked.shape[-1]  # (K, R)
+    masked, values = (_deal(x, num_draws, 2) for x in (scored.masked, scored.log_ratios))
+    inclusion = masked.sum(-1).double() / masked.shape[-1]  # (K, S * M / K)
     scale = 1 / (inclusion * num_draws)
     if control_variate is None:
-        return (scale * values.double().sum(-1)).sum(0)
-    everything = torch.ones_like(masked[0])
-    weight = Control(control_variate, masked, everything, scale, inclusion, 2).weight()
-    return (weight * values).sum((0, 2))
+        estimates = (scale * values.double().sum(-1)).sum(0)
+    else:
+        everything = torch.ones_like(masked[0])
+        weight = Control(control_variate, masked, everything, scale, inclusion, 2).weight()
+        estimates = (weight * values).sum((0, 2))
+    return estimates.view(len(scored.masked), -1)
 
 
 def fixed_count_repeats(scored: Scored, num_draws: int) -> torch.Tensor:
-    """Estimates from stratified fixed counts, `(M / 2K,)` nats: one draw of each mirror pair is used."""
-    masked, values = _deal(scored.masked[::2], num_draws, 1), _deal(scored.log_ratios[::2], num_draws, 1)
-    return (values.double().sum(-1) * masked.shape[-1] / masked.sum(-1)).mean(0)
+    """Estimates from stratified fixed counts, `(S, M / 2K)` nats: one draw of each mirror pair is used."""
+    values = _deal(fixed_count_samples(scored)[:, ::2].unsqueeze(-1), num_draws, 1)
+    return values.mean(0).view(len(scored.masked), -1)
 
 
 def fixed_count_samples(scored: Scored) -> torch.Tensor:
-    """`(M,)` nats: the estimate of each fixed-count draw alone, (L'/l) S(m)."""
-    return scored.log_ratios.double().sum(-1) * scored.masked.shape[1] / scored.masked.sum(-1)
+    """`(S, M)` nats: the estimate of each fixed-count draw alone, (L'/l) S(m)."""
+    return scored.log_ratios.double().sum(-1) * scored.masked.shape[-1] / scored.masked.sum(-1)
+
+
+def variance_of_repeats(values: torch.Tensor) -> float:
+    """
+    Variance of a single estimate, from the `(S, R)` estimates of S >= 2 independent sets.
+
+    Those of a set depend on each other, so the spread about their mean is not all of it: E (x - mean)^2 = Var x -
+    Var mean. The second is the variance over sets, divided by S. With R = 1 this is the usual estimate.
+    """
+    about_mean = (values - values.mean()).square().mean()
+    return (about_mean + values.mean(1).var() / len(values)).item()
 
 
 def _deal(rows: torch.Tensor, num_draws: int, unit: int) -> torch.Tensor:
-    """`(K, R, T)`: units dealt out in turn to R repeats, so that each gets evenly spread ones."""
-    per_repeat = num_draws // unit
-    rows = rows[: len(rows) // num_draws * num_draws]
-    dealt = rows.unflatten(0, (per_repeat, -1, unit))  # (units of a repeat, R, unit, T)
-    return dealt.transpose(1, 2).flatten(0, 1)
+    """`(K, S * R, T)` of `(S, M, T)`: the units of each set dealt out in turn to R repeats, which are evenly spread."""
+    dealt = rows.unflatten(1, (num_draws // unit, -1, unit))  # (S, units of a repeat, R, unit, T)
+    return dealt.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 def variance_parts(scored: Scored) -> dict[str, float]:
@@ -76,27 +91,29 @@ def variance_parts(scored: Scored) -> dict[str, float]:
 
     Levels are taken together in bins. Parts are unbiased up to that, so a small one may come out below zero.
     """
-    length, samples = scored.masked.shape[1], fixed_count_samples(scored)
-    order = scored.masked.sum(1).argsort(stable=True)
+    masked, values = scored.masked.flatten(0, 1), scored.log_ratios.flatten(0, 1)
+    samples = fixed_count_samples(scored).flatten()
+    order = masked.sum(1).argsort(stable=True)
     bins = order.tensor_split(max(1, min(_LEVEL_BINS, len(order) // _DRAWS_PER_BIN)))
     within = torch.stack([samples[chunk].var() for chunk in bins])
     means = torch.stack([samples[chunk].mean() for chunk in bins])
     sizes = torch.tensor([len(chunk) for chunk in bins])
     level = means.var(correction=0) - (within / sizes).mean() * (1 - 1 / len(bins))
-    tokens = torch.stack([_token_part(scored, chunk, length) for chunk in bins]).mean()
+    tokens = torch.stack([_token_part(masked[chunk], values[chunk], chunk // 2) for chunk in bins]).mean()
     return {"level": level.item(), "tokens": tokens.item(), "context": (within.mean() - tokens).item()}
 
 
-def _token_part(scored: Scored, draws: torch.Tensor, length: int) -> torch.Tensor:
-    """The summand of `tokens` of one bin of levels."""
+def _token_part(masked: torch.Tensor, values: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+    """The summand of `tokens` of one bin of levels: masks and log-ratios `(n, T)`, and the mirror pair of each draw."""
+    length = masked.shape[1]
     if length == 1:
         return torch.zeros((), dtype=torch.float64)
-    masked, values = scored.masked[draws].double(), scored.log_ratios[draws].double()
-    other = (draws.unsqueeze(0) // 2 != draws.unsqueeze(1) // 2).double()  # not the same mirror pair
+    masked, values = masked.double(), values.double()
+    other = (pair.unsqueeze(0) != pair.unsqueeze(1)).double()
     together = (other * (masked @ masked.T)).sum().clamp(min=1)
     square_of_means = (other * (values @ values.T)).sum() / together
-    mean = values.sum(1) / masked.sum(1)
-    squared_mean = (other * mean.outer(mean)).sum() / other.sum().clamp(min=1)
     count = masked.sum(1)
+    mean = values.sum(1) / count
+    squared_mean = (other * mean.outer(mean)).sum() / other.sum().clamp(min=1)
     factor = (length**2 / count * (length - count) / (length - 1)).mean()
     return factor * (square_of_means - squared_mean)
