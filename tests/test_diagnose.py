@@ -26,7 +26,8 @@ from trl_diffusion.estimators.variance import (
     variance_of_repeats,
     variance_parts,
 )
-from trl_diffusion.models import family
+from trl_diffusion.models import families
+from trl_diffusion.models.llada.family import LLADA
 from trl_diffusion.scoring import head
 
 LENGTH = 8
@@ -348,8 +349,7 @@ def test_another_fact_of_the_family_is_another_diagnosis(tmp_path, monkeypatch):
     calls = count_forwards(monkeypatch)
     report = diagnose(tmp_path)
     whole = len(calls)
-    other = replace(family.FAMILIES["llada"], logit_shift=1)
-    monkeypatch.setitem(family.FAMILIES, "llada", other)
+    monkeypatch.setattr(families, "FAMILIES", [replace(LLADA, logit_shift=1)])
     assert diagnose(tmp_path) != report and len(calls) == 2 * whole
 
 

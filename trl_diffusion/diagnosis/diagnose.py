@@ -51,8 +51,8 @@ def diagnose_variance(
     Measure the noise of the preference score on a model and a preference dataset, and recommend an estimator.
 
     Costs `num_pairs * 2 * num_draws` forwards of the policy and of the reference, no backward. Finished pairs are kept
-    in `variance.jsonl` in `args.output_dir`, under the weights, the tokens and the draws, and not scored again. No trainer
-    is made, and the models are left as they came.
+    in `variance.jsonl` in `args.output_dir`, under the weights, the tokens and the draws, and not scored again. No
+    trainer is made, and the models are left as they came.
 
     Args:
         model: as in [`DiffusionVRPOTrainer`]. The reference of a model with an adapter is the model without it. A model

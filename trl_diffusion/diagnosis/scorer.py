@@ -14,11 +14,12 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checks.inputs import check_arguments, check_datasets, check_models, check_same_vocabulary
+from ..checks.datasets import check_datasets
+from ..checks.inputs import check_arguments, check_models, check_same_vocabulary
 from ..checks.numbers import naming_the_example
 from ..estimators.draws import MaskDraws, MaskSampler
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
-from ..models.family import family_of
+from ..models.families import family_of
 from ..scoring.adapters import adapter_scaling, refuse_changed_base
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead
@@ -70,7 +71,7 @@ class Scorer:
         """Names the two functions: equal keys give equal log-probabilities of equal rows and draws."""
         models = [model for model in (self.policy, self.reference) if model is not None]
         parts = [
-            (hash_module(m), m.config.to_json_string(), adapter_scaling(m), repr(family_of(m.config))) for m in models
+            (hash_module(m), m.config.to_json_string(), adapter_scaling(m), family_of(m.config).key()) for m in models
         ]
         return repr((parts, self.mask_token_id, self.args.mixed_precision))
 
@@ -103,7 +104,7 @@ class Scorer:
 
     @contextmanager
     def left_as_it_came(self) -> Iterator[None]:
-        """Evaluation mode in the block; after it modes are what they were, and so is what trains, which PEFT changes."""
+        """Evaluation mode inside the block; after it the mode of each module and `requires_grad` are what they were."""
         modules = [module for model in (self.policy, self.reference) if model is not None for module in model.modules()]
         training = [module.training for module in modules]
         trained = [(p, p.requires_grad) for module in modules for p in module.parameters(recurse=False)]
