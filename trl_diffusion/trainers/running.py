@@ -1,4 +1,4 @@
-"""Running means over past steps as part of a checkpoint: they travel in `trainer_state.json`."""
+"""Running values over past steps as part of a checkpoint: they travel in `trainer_state.json`."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,30 +7,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..estimators.kappa import RunningKappa
-from .elbo_kto.baselines import RunningMeans
-
-
-class RunningMeansCallback(TrainerCallback, ExportableState):
-    """
-    Saves [`RunningMeans`] with the trainer's state, and restores them when training resumes.
-
-    Args:
-        decay: of the running means.
-    """
-
-    def __init__(self, decay: float):
-        self.means = RunningMeans(decay)
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {"decay": self.means.decay}, "attributes": {"saved": asdict(self.means)}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = _saved(self, state, "running means of the log-ratio", f"baseline={args.baseline!r}")
-        if saved["decay"] != self.means.decay:
-            raise ValueError(
-                f"The checkpoint was trained with `ema_decay={saved['decay']}`, and this run has {self.means.decay}."
-            )
-        self.means = RunningMeans(**saved)
 
 
 class RunningKappaCallback(TrainerCallback, ExportableState):
@@ -48,14 +24,14 @@ class RunningKappaCallback(TrainerCallback, ExportableState):
         return {"args": {"initial": self.kappa.initial}, "attributes": {"saved": asdict(self.kappa)}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = _saved(self, state, "running moments of the control variate", "control_variate='adaptive'")
+        saved = saved_of(self, state, "running moments of the control variate", "control_variate='adaptive'")
         self.kappa = RunningKappa(**saved)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.kappa.end_step()
 
 
-def _saved(callback: TrainerCallback, state: Any, what: str, option: str) -> dict[str, Any]:
+def saved_of(callback: TrainerCallback, state: Any, what: str, option: str) -> dict[str, Any]:
     """What the checkpoint, or the callback itself at a fresh start, has stored of it."""
     stored = state.stateful_callbacks.get(type(callback).__name__)
     if stored is None:

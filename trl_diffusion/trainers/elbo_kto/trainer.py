@@ -9,13 +9,13 @@ from accelerate.logging import get_logger
 from ...scoring.door import KTOTrainer
 from ...scoring.head import on_draws
 from ..base import ELBOTrainerMixin
-from ..running import RunningMeansCallback
 from . import objective
 from .baselines import BASELINES, NEED_A_BATCH, RunningMeans, Totals
 from .composition import ComposedSampler
 from .config import ELBOKTOConfig
 from .mismatched import with_mismatched_pairs
 from .objective import Rows
+from .running import RunningMeansCallback
 
 logger = get_logger(__name__)
 

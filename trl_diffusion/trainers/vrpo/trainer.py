@@ -71,7 +71,14 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
     _reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        """VRPO eqs. 7-8: TRL's DPO loss of ELBOs, the policy's and the reference's on the same draws."""
+        """
+        VRPO eqs. 7-8, with B the ELBO estimates of the chosen response w and the rejected l:
+
+            s_hat = beta * [B(w) - B_ref(w)] - beta * [B(l) - B_ref(l)],    loss = -log sigmoid(s_hat)
+
+        That is TRL's DPO loss of what it asks `on_draws` for; other values of `loss_type` replace the second equation.
+        Policy and reference meet the draws of a nonce each, which are one where draws are shared.
+        """
         mode = "train" if self.model.training else "eval"
         policy_nonce, reference_nonce = self._draw_nonces(mode)
         with self._diagnostics.collecting() as outputs, self._with_reference(inputs, reference_nonce) as inputs:
