@@ -1,8 +1,10 @@
 """What the documents say of names, options, files and code is true."""
 
 import ast
+import contextlib
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -145,6 +147,46 @@ def test_named_tests_and_functions_exist():
         for part in parts:
             (found,) = [node for node in scope if getattr(node, "name", None) == part]
             scope = found.body
+
+
+NOT_OURS = ("trl", "transformers", "peft", "accelerate")
+
+
+def installed(name):
+    """The object of that full path; an attribute after `()` is one that the class gives its objects itself."""
+    path, _, attribute = name.partition("().")
+    parts, found = path.split("."), None
+    for end in range(len(parts), 0, -1):
+        with contextlib.suppress(ImportError):
+            found = importlib.import_module(".".join(parts[:end]))
+            break
+    for part in parts[end:]:
+        fields = getattr(found, "__dataclass_fields__", {})
+        found = fields[part] if part in fields else getattr(found, part)
+    if attribute:
+        sources = [inspect.getsource(kind) for kind in found.__mro__ if kind.__module__.startswith(NOT_OURS)]
+        assert any(f"self.{attribute} = " in source for source in sources), name
+    return found
+
+
+def test_the_names_of_the_contracts_exist():
+    """In the installed versions; and every name that is imported from those four is on the page."""
+    rows = [line.split("|")[1:3] for line in text_of("docs/contracts.md").splitlines() if line.startswith("| `")]
+    pattern = rf"`((?:{'|'.join(NOT_OURS)})\.[\w.()]+)`"
+    written = {name for row in rows for cell in row for name in re.findall(pattern, cell)}
+    assert len(written) > 60
+    for name in written:
+        installed(name)
+    for path in (ROOT / "trl_diffusion").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in NOT_OURS:
+                for alias in node.names:
+                    assert f"{node.module}.{alias.name}" in written, f"{path.name} imports {node.module}.{alias.name}"
+
+
+def test_the_contracts_are_found():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        assert "](docs/contracts.md)" in text_of(page), page
 
 
 def test_the_tree_in_the_readme_is_the_house():

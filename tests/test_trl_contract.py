@@ -15,10 +15,12 @@ from conftest import make_model
 from test_trainers import make_trainer
 from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from trl_diffusion.checks.options import DPO_LOSS_TYPES, KTO_LOSS_TYPES
 from trl_diffusion.scoring import door
-from trl_diffusion.scoring.door import SEAM_NAMES, FusedCausalLMOutput, seam
+from trl_diffusion.scoring.door import SEAM_NAMES, ChunkedLogProbFunction, FusedCausalLMOutput, seam
 from trl_diffusion.trainers import base
 
 TRL = f"trl {version('trl')}"
@@ -54,6 +56,61 @@ def test_log_probabilities_come_from_one_expression(trainer):
         TRL
     )
     assert list(inspect.signature(trainer.compute_ref_log_probs).parameters) == ["self", "model", "inputs"], TRL
+
+
+@pytest.mark.parametrize("trainer", TRAINERS.values())
+def test_the_constructor_takes_its_arguments_in_this_order(trainer):
+    theirs = list(inspect.signature(trainer.__init__).parameters)
+    assert theirs == list(inspect.signature(base.ELBOTrainerMixin.__init__).parameters), TRL
+
+
+@pytest.mark.parametrize("module", TRAINERS)
+def test_a_step_reads_the_reference_from_the_batch(module):
+    source = inspect.getsource(TRAINERS[module]._compute_loss)
+    names = ("ref_chosen_logps", "ref_rejected_logps") if "dpo" in module else ("ref_logps", "ref_KL_logps")
+    assert "if self.precompute_ref_logps:" in source, TRL
+    assert all(f'["{name}"]' in source for name in names), TRL
+
+
+def test_one_attribute_says_whether_there_are_mismatched_pairs():
+    """It is set once; what reads it afterwards is what `baseline` answers."""
+    source = inspect.getsource(KTOTrainer)
+    assert re.findall(r"self\.calculate_KL = .*", source) == ["self.calculate_KL = calculate_kl"], TRL
+    for method in (KTOTrainer._prepare_dataset, KTOTrainer.compute_ref_log_probs):
+        assert "if self.calculate_KL:" in inspect.getsource(method), TRL
+        assert "loss_type" not in inspect.getsource(method), TRL
+
+
+def test_what_the_collators_give():
+    """Padded on the right; chosen rows before rejected ones, and mismatched ones under names of their own."""
+    rows = [{"prompt_ids": [3], "own": [4, 5], "other": [6]}, {"prompt_ids": [7, 8], "own": [9], "other": [10, 11]}]
+    padded = {"own": [[3, 4, 5], [7, 8, 9]], "other": [[3, 6, 0], [7, 8, 10]]}
+    pairs = [{"prompt_ids": r["prompt_ids"], "chosen_ids": r["own"], "rejected_ids": r["other"]} for r in rows]
+    batch = DataCollatorForPreference(pad_token_id=0, max_length=3)(pairs)
+    assert batch["input_ids"].tolist() == padded["own"] + padded["other"], TRL
+    assert batch["completion_mask"].tolist() == [[0, 1, 1], [0, 0, 1], [0, 1, 0], [0, 0, 1]], TRL
+    single = [
+        {"prompt_ids": r["prompt_ids"], "completion_ids": r["own"], "KL_completion_ids": r["other"], "label": True}
+        for r in rows
+    ]
+    batch = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=3)(single)
+    assert batch["input_ids"].tolist() == padded["own"] and batch["KL_input_ids"].tolist() == padded["other"], TRL
+    assert batch["KL_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]], TRL
+    assert batch["KL_completion_mask"].tolist() == [[0, 1, 0], [0, 0, 1]], TRL
+
+
+def test_the_arguments_of_the_kernel():
+    theirs = list(inspect.signature(ChunkedLogProbFunction.forward).parameters)
+    assert theirs[1:6] == ["hidden", "weight", "bias", "targets", "temperature"], TRL
+    assert theirs[6:] == ["chunk_size", "final_logit_softcapping", "logit_scale", "outputs"], TRL
+
+
+def test_evaluation_goes_through_one_loop():
+    """What it returns is logged, and TRL adds its metrics to the very dict that picks the best checkpoint."""
+    evaluate = inspect.getsource(Trainer.evaluate)
+    assert evaluate.index("self.evaluation_loop(") < evaluate.index("self.log(output.metrics)")
+    assert "return output.metrics" in evaluate
+    assert all("logs.update(metrics)" in inspect.getsource(trainer.log) for trainer in TRAINERS.values()), TRL
 
 
 def test_fields_of_the_fused_output():
