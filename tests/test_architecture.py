@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_model
 
 import trl_diffusion
 
@@ -40,7 +41,7 @@ def imports_of(path: Path):
 
 
 def test_every_file_is_in_a_room_and_every_room_says_what_it_knows_and_does_not():
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "_version.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "_version.py", "_after_import.py"}
     assert sorted(path.name for path in ROOT.iterdir() if path.is_dir() and path.name != "__pycache__") == sorted(ROOMS)
     for room in ROOT.rglob("__init__.py"):
         if room.parent != ROOT:
@@ -93,3 +94,41 @@ def test_estimators_need_torch_only():
     code = "import sys; from trl_diffusion import elbo, draw_masks; print({'transformers', 'trl'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+LOADS = """
+config = AutoConfig.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(config).__name__ == "LLaDAConfig" and type(model).__name__ == "LLaDAModelLM"
+assert type(AutoModelForMaskedLM.from_pretrained(sys.argv[1])) is type(model)
+assert not any(getattr(finder, "name", "").startswith("transformers") for finder in sys.meta_path)  # done, and gone
+"""
+AUTO = "from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM\n"
+ORDERS = {
+    "package first": "import trl_diffusion\n" + AUTO,
+    "transformers first": "import transformers\nimport trl_diffusion\n" + AUTO,
+    "auto classes first": AUTO + "import trl_diffusion\n",
+    "in the middle of transformers": "import trl_diffusion, transformers.modeling_utils\n" + AUTO,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_importing_the_package_registers_what_it_saves(tmp_path, order):
+    """In new interpreters: nothing else is imported, and nothing of ours until a checkpoint is met."""
+    make_model().save_pretrained(tmp_path)
+    idle = "assert not {'trl_diffusion.models', 'trl_diffusion.models.llada'} & set(sys.modules)\n"
+    code = "import sys\n" + ORDERS[order] + idle + LOADS
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("order", ["import peft, trl_diffusion.models", "import trl_diffusion.models, peft"])
+def test_peft_knows_the_targets_of_our_models(order):
+    code = f"""{order}
+from trl_diffusion import LLaDAConfig, LLaDAModelLM
+config = LLaDAConfig(d_model=16, n_heads=2, n_layers=2, mlp_hidden_size=16, vocab_size=9, mask_token_id=2)
+adapted = peft.get_peft_model(LLaDAModelLM(config), peft.LoraConfig(r=2))
+print(sum(hasattr(module, "lora_A") for module in adapted.modules()), adapted.get_base_model().get_output_embeddings())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "14 Linear(in_features=16, out_features=9, bias=False)\n"

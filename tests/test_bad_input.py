@@ -290,6 +290,19 @@ def test_a_string_is_a_pattern_for_the_whole_name(tmp_path):
         make_trainer(tmp_path, peft_config=LoraConfig(target_modules="q_proj"))
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "ff_out"], ["ff_out"], r".*(q_proj|ff_out)"])
+def test_adapter_on_the_output_head(tmp_path, targets):
+    with pytest.raises(ValueError, match="also match the output head `model.transformer.ff_out`.*unset"):
+        make_trainer(tmp_path, peft_config=LoraConfig(target_modules=targets))
+
+
+def test_adapter_on_the_output_head_of_a_wrapped_model(tmp_path):
+    """TRL's own refusal, for which the name of the head is that of Llama."""
+    wrapped = get_peft_model(make_model(), LoraConfig(target_modules=["ff_out"]))
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        make_trainer(tmp_path, wrapped)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "PiSSA", "olora"])
 def test_an_adapter_that_changes_its_base_model_leaves_no_reference(tmp_path, init):
     with pytest.raises(ValueError, match=f"`init_lora_weights='{init}'` changes the weights of the base model.*ref_mo"):

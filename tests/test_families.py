@@ -1,17 +1,291 @@
 """
-The law: what a family says of its chat template, its mask token and its attention is true, or else refused.
+The law: what a family says of a model is true, or else refused.
+
+Every family is asked the same questions: a row in `ROWS` is all that a new one costs.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import HUB_TEMPLATE, make_model, make_tokenizer
-from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM
+from test_generation import PROMPTS, naive_response
+from test_head import gradients, make_batch, scored
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
+from trl_diffusion import MaskSampler, elbo
+from trl_diffusion.models import families
 from trl_diffusion.models.chat_template import use_training_template
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
-from trl_diffusion.models.families import family_of
-from trl_diffusion.models.family import Family
+from trl_diffusion.models.families import FAMILIES, family_of, refuse_unscored
+from trl_diffusion.models.family import Blocks, Family, Head
 from trl_diffusion.models.llada.family import LLADA
+from trl_diffusion.models.sampler import generate
+from trl_diffusion.scoring import output_head
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 30,
+}
+
+
+def make_llama(is_causal=False, mask_token_id=2, **overrides):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, mask_token_id=mask_token_id, initializer_range=0.2, **overrides)
+    config.is_causal = is_causal
+    return LlamaForCausalLM(config).eval()
+
+
+def make_capped():
+    torch.manual_seed(0)
+    numbers = {"final_logit_softcapping": 2.0, "initializer_range": 0.2, "head_dim": 8, "is_causal": False}
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, **numbers, mask_token_id=2, pad_token_id=0, eos_token_id=0)).eval()
+
+
+def make_scaled():
+    torch.manual_seed(0)
+    config = CohereConfig(**SIZES, logit_scale=0.25, initializer_range=0.2, mask_token_id=2, eos_token_id=0)
+    config.is_causal = False
+    return CohereForCausalLM(config).eval()
+
+
+def make_bert(**overrides):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SIZES, mask_token_id=2, pad_token_id=0, initializer_range=0.2, **overrides))
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    A family, and what is asked of all of them.
+
+    Args:
+        make: a small model of it.
+        literal: its record, where the package has none.
+        pads_left: whether the model itself can be given rows that are padded on the left.
+    """
+
+    make: Callable[[], PreTrainedModel]
+    literal: Family | None = None
+    pads_left: bool = True
+
+
+BERT = Family(name="BERT", model_types=("bert",), head=Head(transform="cls.predictions.transform"))
+ROWS = {
+    "LLaDA": Row(make_model),
+    "no literal": Row(make_llama),
+    "shifted": Row(make_llama, Family(name="shifted", model_types=("llama",), logit_shift=1)),
+    "soft cap": Row(
+        make_capped, Family(name="cap", model_types=("gemma2",), head=Head(soft_cap="final_logit_softcapping"))
+    ),
+    "scale": Row(make_scaled, Family(name="scale", model_types=("cohere",), head=Head(scale="logit_scale"))),
+    "BERT": Row(make_bert, BERT, pads_left=False),  # learnt positions count from the left
+}
+
+
+@pytest.fixture(params=ROWS)
+def row(request, monkeypatch):
+    """One of the rows, its literal known."""
+    found = ROWS[request.param]
+    if found.literal is not None:
+        monkeypatch.setattr(families, "FAMILIES", [found.literal, *FAMILIES])
+    return found
+
+
+def in_place(model, shift):
+    """The model as a function whose logits stand at the token that they predict, written by hand."""
+
+    def denoise(input_ids, attention_mask=None):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        places = [max(place - shift, 0) for place in range(input_ids.shape[1])]
+        return SimpleNamespace(logits=torch.stack([logits[:, place] for place in places], dim=1))
+
+    denoise.training, denoise.config = False, model.config
+    return denoise
+
+
+def shift_of(row):
+    return 0 if row.literal is None else row.literal.logit_shift
+
+
+# ------------------------------------------------------------------------------------- every family, the same questions
+
+
+def test_a_family_is_found_and_its_model_is_accepted(row):
+    model = row.make()
+    family = family_of(model.config)
+    assert family is row.literal if row.literal else family in (LLADA, Family())
+    check_denoiser(model, 2)
+
+
+@pytest.mark.parametrize("mode", ["graph", "checkpoint", "immediate"])
+def test_the_head_is_the_plain_definition(row, mode):
+    """Value, terms and gradient, on rows with padding, against full logits of the whole model."""
+    model, weights = row.make(), torch.tensor([1.0, -2.0, 0.5])
+    for left in {False, row.pads_left}:
+        batch = make_batch(left=left)
+        output = scored(model, batch, elbo_gradient=mode)
+        maskable = batch["labels"] != -100
+        draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1)
+        plain = elbo(in_place(model, shift_of(row)), batch["input_ids"], maskable, batch["attention_mask"], draws=draws)
+        torch.testing.assert_close(output.log_probs, plain.terms[:, 1:], rtol=1e-5, atol=1e-5)
+        ours = gradients(model, output.log_probs.sum(1) @ weights)
+        theirs = gradients(model, plain.value @ weights)
+        assert_same_gradients(ours, {name: theirs[name] for name in ours})
+        assert all(name in ours or not gradient.any() for name, gradient in theirs.items())
+
+
+def assert_same_gradients(ours, theirs):
+    """To the rounding of the largest: some, such as that of a bias of keys, are zero in exact arithmetic."""
+    assert ours.keys() == theirs.keys()
+    atol = 1e-6 * max(gradient.abs().max().item() for gradient in theirs.values())
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=atol)
+
+
+def test_a_head_that_is_called_is_the_head_that_is_multiplied_with(row, monkeypatch):
+    """In tiles of a few rows, so that there are several."""
+    monkeypatch.setattr(output_head, "LOGITS_TILE", 30 * 7)
+    batch, model, called = make_batch(), row.make(), row.make()
+    called.set_output_embeddings(Called(called.get_output_embeddings()))
+    check_denoiser(called, 2)
+    for mode in ("graph", "checkpoint", "immediate"):
+        expected, output = (scored(each, batch, elbo_gradient=mode).log_probs for each in (model, called))
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        ours = {name.replace(".inner.", "."): g for name, g in gradients(called, output.sum()).items()}
+        assert_same_gradients(ours, gradients(model, expected.sum()))
+
+
+@pytest.mark.parametrize("arguments", [{"max_new_tokens": 6}, {"max_new_tokens": 6, "steps": 2, "cfg_scale": 0.5}])
+def test_generate_is_the_naive_sampler(row, arguments):
+    model = row.make()
+    for prompt in PROMPTS:
+        expected, _ = naive_response(in_place(model, shift_of(row)), prompt, **arguments, pad=1)
+        sequences = generate(model, torch.tensor([prompt]), **arguments, eos_token_id=[0], pad_token_id=1)
+        assert sequences[0, len(prompt) :].tolist() == expected
+
+
+class Called(torch.nn.Module):
+    """A layer whose weight cannot be had, as many wrappers are; BERT asks for the bias."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def bias(self):
+        return self.inner.bias
+
+    def forward(self, hidden):
+        return self.inner(hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------- the record
+
+
+def test_a_key_tells_families_apart_and_is_the_same_in_every_process():
+    known = [*FAMILIES, Family(), *(row.literal for row in ROWS.values() if row.literal)]
+    assert len({family.key() for family in known}) == len(known)
+    assert replace(LLADA, only_if=lambda config: True).key() == LLADA.key() == replace(LLADA).key()
+    assert "0x" not in LLADA.key()  # no address of an object
+    for fact in fields(Family):
+        if fact.name != "only_if":
+            assert replace(LLADA, **{fact.name: OTHERWISE[fact.name]}).key() != LLADA.key(), fact.name
+
+
+OTHERWISE = {
+    "name": "x",
+    "model_types": ("x",),
+    "auto_class": "AutoModel",
+    "mask_token_id": 7,
+    "logit_shift": 1,
+    "first_token": "nothing",
+    "attention": Blocks(4),
+    "noise": "uniform",
+    "head": Head(scale="logit_scale"),
+    "end_of_turn": ("x",),
+    "append_eos": False,
+    "training_chat_template": "x",
+    "lora_target_modules": "x",
+    "unquantized": ("x",),
+    "sampling": (("steps", 3),),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (LlamaConfig(), Family().name),
+        (LlamaConfig(architectures=["StableDiffcoderForCausalLM"]), "Stable-DiffCoder"),
+        (SimpleNamespace(model_type="Dream"), Family().name),
+        (SimpleNamespace(model_type="Dream", block_size=32), "DreamReasoner"),
+        (SimpleNamespace(model_type="llada"), "LLaDA"),
+        (SimpleNamespace(model_type="sdar_moe"), "SDAR"),
+    ],
+)
+def test_a_family_is_a_function_of_the_whole_configuration(config, name):
+    assert family_of(config).name == name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SimpleNamespace(model_type="sdar"), "SDAR.*block diffusion.*blocks of 4 tokens"),
+        (SimpleNamespace(model_type="sdar", block_size=16), "SDAR.*block diffusion.*blocks of 16 tokens"),
+        (SimpleNamespace(model_type="Fast_dLLM_Qwen", bd_size=8), "Fast-dLLM.*blocks of 8 tokens"),
+        (SimpleNamespace(model_type="diffusion_gemma"), "DiffusionGemma.*replaces tokens by other tokens"),
+    ],
+)
+def test_a_family_with_another_elbo_is_refused_by_name(config, message):
+    with pytest.raises(ValueError, match=message):
+        refuse_unscored(config)
+    model = make_model()
+    model.config = config
+    with pytest.raises(ValueError, match=message):
+        check_denoiser(model, 2)
+
+
+def test_a_family_may_know_the_mask_token_that_nothing_else_names(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", [Family(model_types=("llada",), mask_token_id=5)])
+    unnamed, named = make_model(mask_token_id=None), make_model(mask_token_id=2)
+    assert resolve_mask_token_id(unnamed.config, make_tokenizer()) == 5
+    assert resolve_mask_token_id(named.config, make_tokenizer()) == 2
+    arguments = {"max_new_tokens": 4, "mask_token_id": 5}
+    ids = torch.tensor([[7, 8, 9]])
+    assert torch.equal(unnamed.generate(ids, max_new_tokens=4), unnamed.generate(ids, **arguments))
+
+
+def test_a_family_has_its_own_way_to_sample(monkeypatch):
+    model, ids = make_model(), torch.tensor([[7, 8, 9]])
+    expected = model.generate(ids, max_new_tokens=6, steps=2, block_length=3)
+    monkeypatch.setattr(families, "FAMILIES", [replace(LLADA, sampling=(("steps", 2), ("block_length", 3)))])
+    assert torch.equal(model.generate(ids, max_new_tokens=6), expected)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=6, steps=6, block_length=6),
+        make_model().generate(ids, max_new_tokens=6, steps=6, block_length=6),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- chat template
 
 USER, OTHER_USER = {"role": "user", "content": "what is two"}, {"role": "user", "content": "  say hi \n"}
 SYSTEM = {"role": "system", "content": "red green"}
@@ -33,9 +307,6 @@ def make_trained_tokenizer(**kwargs):
     tokenizer = make_tokenizer(**kwargs)
     assert use_training_template(tokenizer, LLADA)
     return tokenizer
-
-
-# -------------------------------------------------------------------------------------------------------- chat template
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
@@ -130,26 +401,7 @@ def test_a_model_of_another_kind_has_no_mask_token():
         resolve_mask_token_id(LlamaConfig(vocab_size=30), make_tokenizer())
 
 
-def test_families_are_found_by_model_type():
-    assert family_of(make_model().config) is LLADA
-    assert family_of(LlamaConfig()) == Family() != LLADA
-
-
 # ------------------------------------------------------------------------------------------------------------- denoiser
-
-
-def make_llama(is_causal, mask_token_id=2, **overrides):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=30, mask_token_id=mask_token_id, initializer_range=0.2, **overrides)
-    config.is_causal = is_causal
-    return LlamaForCausalLM(config)
-
-
-def make_bert(**overrides):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertForMaskedLM(BertConfig(**sizes, vocab_size=30, mask_token_id=2, **overrides))
 
 
 @pytest.mark.parametrize("mask_token_id", [0, 1, 2, 5, 29])
@@ -157,10 +409,6 @@ def test_attention_is_tried_and_not_believed(mask_token_id):
     check_denoiser(make_llama(is_causal=False, mask_token_id=mask_token_id), mask_token_id)
     with pytest.raises(ValueError, match=r"attends causally.*`model.config.is_causal = False`"):
         check_denoiser(make_llama(is_causal=True, mask_token_id=mask_token_id), mask_token_id)
-
-
-def test_our_own_class_is_accepted():
-    check_denoiser(make_model(), 2)
 
 
 def test_logits_that_are_not_the_head_of_the_last_hidden_state_are_refused():

@@ -11,9 +11,12 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from counters import LiveBytes
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
+from trl_diffusion.models import sampler
 from trl_diffusion.models.llada.family import LLADA
 
 MASK, EOS, PAD = 2, 0, 0
@@ -221,6 +224,58 @@ def test_the_seed_names_the_noise():
     assert generate(model, PROMPTS, **arguments) != generate(model, PROMPTS, **arguments)
 
 
+class Drawn(TorchDispatchMode):
+    """How many random numbers are drawn inside the block, by call."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.rand:
+            self.numbers.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("tile", [1, 3, 100])
+def test_noise_is_drawn_where_something_is_masked(monkeypatch, tile):
+    """Of two prompts and blocks of four, one revealed a step: a row draws for 4, 3, 2 and 1 positions."""
+    monkeypatch.setattr(sampler, "LOGITS_TILE", tile * 30)
+    arguments = {"max_new_tokens": 8, "block_length": 4, "temperature": 1.0, "seed": 0, "eos_token_id": []}
+    with Drawn() as drawn:
+        sampled = generate(make_model(), PROMPTS[:2], **arguments)
+    assert sum(drawn.numbers) == 2 * 2 * (4 + 3 + 2 + 1) * 30
+    assert max(drawn.numbers) == min(tile, 4) * 30
+    assert sampled == one_by_one(make_model(), PROMPTS[:2], **arguments)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 0}, {"cfg_scale": 1.0, "temperature": 1.0}])
+def test_there_is_one_copy_of_a_blocks_logits(monkeypatch, sampling):
+    """And, with guidance, one of the unconditional ones; of a tile there are a few, in double precision too."""
+    vocab, rows, new = 5000, 4, 64
+    monkeypatch.setattr(sampler, "LOGITS_TILE", 2 * vocab)
+    model, ids = make_model(vocab_size=vocab), torch.tensor([[5, 9, 10]] * rows)
+    with LiveBytes() as memory:
+        model.generate(ids, max_new_tokens=new, steps=2, **sampling)
+    copy_of_all, tile = 4 * rows * new * vocab, 4 * 2 * vocab
+    layers = 4 * rows * (3 + new) * 64 * 8  # what one block of the model holds at once, and generously
+    assert memory.largest == copy_of_all
+    assert memory.peak < (2 if "cfg_scale" in sampling else 1) * copy_of_all + 8 * tile + layers
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 2.0, "seed": 0}])
+def test_what_is_no_token_is_never_predicted(sampling):
+    """The output head may have more rows than the vocabulary has tokens."""
+    model = make_model(vocab_size=20, embedding_size=64)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[20:] *= 5
+    prompts = [[5, 11, 3], [7, 9]]
+    out = generate(model, prompts, max_new_tokens=8, num_return_sequences=8, eos_token_id=[], **sampling)
+    assert max(map(max, out)) < 20
+    assert model(torch.tensor(prompts[:1])).logits.argmax(-1).max() >= 20  # or else nothing was tempting
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 0}, {"remasking": "random", "seed": 0}])
 def test_the_global_generator_is_left_alone_if_not_needed(sampling):
     model = make_model()
@@ -254,6 +309,7 @@ def test_the_global_generator_is_left_alone_if_not_needed(sampling):
         ({"max_new_tokens": 6, "do_sample": False, "temperature": 0.7}, {"max_new_tokens": 6}),
         ({"max_new_tokens": 6, "cfg_scale": 0, "temperature": 0}, {"max_new_tokens": 6}),
         ({"max_new_tokens": 6, "eos_token_id": 5}, {"max_new_tokens": 6, "eos_token_id": [5]}),
+        ({"max_new_tokens": 6, "eos_token_id": torch.tensor([5, 9])}, {"max_new_tokens": 6, "eos_token_id": [5, 9]}),
         (
             {
                 "max_new_tokens": 6,
@@ -396,7 +452,13 @@ def test_objects_of_autoregressive_decoding_are_refused_by_name(name):
         ({"block_length": 2, "steps": 6}, "`steps`"),
         ({"remasking": "entropy"}, "`remasking`"),
         ({"temperature": -1.0}, "`temperature`"),
+        ({"temperature": math.nan}, "`temperature`.*finite.*nan"),
+        ({"temperature": math.inf}, "`temperature`.*finite.*inf"),
         ({"cfg_scale": -0.5}, "`cfg_scale`"),
+        ({"cfg_scale": math.nan}, "`cfg_scale`.*finite.*nan"),
+        ({"max_new_tokens": 8.0}, "`max_new_tokens`.*whole number.*8.0"),
+        ({"steps": "4"}, "`steps`.*whole number.*'4'"),
+        ({"temperature": "hot"}, "`temperature`.*number.*'hot'"),
         ({"num_return_sequences": 0}, "`num_return_sequences`"),
     ],
 )
@@ -412,12 +474,27 @@ def test_prompts_that_cannot_be_continued_are_refused():
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]), max_new_tokens=2)
     with pytest.raises(ValueError, match="mask token"):
         model.generate(torch.tensor([[5, MASK, 7]]), max_new_tokens=2)
-    with pytest.raises(ValueError, match="`input_ids`"):
-        model.generate(max_new_tokens=2)
+    for prompts, got in [
+        (None, ""),
+        ([[5, 6]], r"got \[\[5, 6\]\]"),
+        (ids[0], r"of shape \(3,\)"),
+        (ids.float(), "torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=f"`input_ids`.*{got}"):
+            model.generate(prompts, max_new_tokens=2)
+    for mask in (ids[:1], ids[:, :2], [[1, 1, 1]] * 2):
+        with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`, \(2, 3\)"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2)
     model.config.mask_token_id = None
     with pytest.raises(ValueError, match="`mask_token_id`"):
         model.generate(ids[:1], max_new_tokens=2)
     assert model.generate(ids[:1], max_new_tokens=2, mask_token_id=MASK).shape == (1, 5)
+
+
+def test_a_prompt_may_be_empty():
+    model = make_model()
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    assert model.generate(nothing, max_new_tokens=4)[0].tolist() == naive_response(model, [], max_new_tokens=4)[0]
 
 
 def test_a_mask_token_in_the_padding_is_no_gap():

@@ -1,12 +1,14 @@
 """
 Preference optimisation of masked diffusion language models, as a TRL plug-in.
 
-Names are imported when they are first used, so that importing the package costs nothing.
+Names are imported when they are first used, so that importing the package costs nothing. transformers learns all the
+same that there are more model types than it has itself.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._after_import import after_import, register_configurations
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -70,3 +72,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+after_import("transformers.models.auto.configuration_auto", register_configurations)

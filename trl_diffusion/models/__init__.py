@@ -4,8 +4,12 @@ What a masked diffusion model is: its family, native classes, chat templates, an
 Knows transformers; importing it makes the auto classes know the native models. Does not know draws, scores or TRL.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .._after_import import after_import
+from .families import FAMILIES
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAModel, LLaDAModelLM
 
@@ -13,5 +17,15 @@ AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)
 AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
 AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+
+
+def _tell_peft(constants: Any) -> None:
+    """Default targets of LoRA, where PEFT has those of the model types that it knows; the trainers need no telling."""
+    targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    for family in (family for family in FAMILIES if family.auto_class):  # those with classes here
+        targets.update(dict.fromkeys(family.model_types, family.lora_target_modules))
+
+
+after_import("peft.utils.constants", _tell_peft)
 
 __all__ = ["LLaDAConfig", "LLaDAModel", "LLaDAModelLM"]

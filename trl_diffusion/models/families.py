@@ -4,6 +4,9 @@ The families that are known. The first that matches a configuration counts; what
 Some are known only to be refused: their checkpoints would load, with remote code, and be scored as what they are not.
 """
 
+import copy
+from typing import Any
+
 import transformers
 from transformers import PreTrainedConfig
 
@@ -71,3 +74,17 @@ def refuse_unscored(config: PreTrainedConfig) -> None:
             "The ELBO here is that of models in which a hidden token is a mask token. Use one of these, LLaDA for "
             "instance."
         )
+
+
+def spare_in_quantization(quantization_config: Any, config: PreTrainedConfig) -> Any:
+    """
+    The configuration of a quantisation, with the modules that the family leaves as they are among those to skip.
+
+    A list that is given to bitsandbytes takes the place of transformers' own, which spares the output head.
+    """
+    names = family_of(config).unquantized
+    if not names or not hasattr(quantization_config, "llm_int8_skip_modules"):
+        return quantization_config
+    spared = copy.copy(quantization_config)
+    spared.llm_int8_skip_modules = [*(quantization_config.llm_int8_skip_modules or ()), *names]
+    return spared

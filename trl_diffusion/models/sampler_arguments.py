@@ -79,8 +79,9 @@ class SamplerArguments:
         if self.remasking not in _REMASKING:
             raise ValueError(f"`remasking` must be one of {_REMASKING}, got {self.remasking!r}.")
         for name in ("temperature", "cfg_scale"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be a finite number that is not negative, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number that is not negative, got {value!r}.")
         if self.num_return_sequences < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, got {self.num_return_sequences}.")
 

@@ -90,7 +90,7 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
     Warns of every requested name that matches no layer, or only some of the blocks.
 
     Raises:
-        ValueError: the method prepends virtual tokens.
+        ValueError: the output head would be wrapped, or the method prepends virtual tokens.
     """
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -106,7 +106,16 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
     if targets is None or targets == "all-linear":
         return peft_config
     names = [name for name, _ in model.named_modules() if name]
-    _warn_of_partial_matches(_matches(names, targets), num_blocks=getattr(model.config, "num_hidden_layers", 1))
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    matched = _matches(names, targets)
+    wrapping_head = [target for target, found in matched.items() if head in found]
+    if wrapping_head:
+        raise ValueError(
+            f"`target_modules` {wrapping_head} also match the output head `{head}`, and TRL's trainers do not take an "
+            "adapter on it. Leave `target_modules` unset, or use a pattern such as "
+            f"{family_of(model.config).lora_target_modules!r}."
+        )
+    _warn_of_partial_matches(matched, num_blocks=getattr(model.config, "num_hidden_layers", 1))
     return peft_config
 
 

@@ -29,7 +29,7 @@ from ..checks.rows import RowForms
 from ..estimators.draws import MaskDraws
 from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
-from ..models.families import class_to_load, family_of, refuse_unscored
+from ..models.families import class_to_load, family_of, refuse_unscored, spare_in_quantization
 from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
@@ -152,10 +152,11 @@ class ELBOTrainerMixin(ReferenceMixin):
     # Called by TRL's constructor
 
     def _load_model(self, path: str, **kwargs: Any) -> Any:
-        if kwargs.get("quantization_config") is not None:
-            kwargs.setdefault("dtype", "bfloat16")  # TRL's float32 would hold embeddings and head in four bytes
         config = load_config(path, kwargs.get("trust_remote_code", False))
         refuse_unscored(config)
+        if kwargs.get("quantization_config") is not None:
+            kwargs.setdefault("dtype", "bfloat16")  # TRL's float32 would hold embeddings and head in four bytes
+            kwargs["quantization_config"] = spare_in_quantization(kwargs["quantization_config"], config)
         kwargs["architecture"] = class_to_load(config)
         model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
         self._accept(model, None)
