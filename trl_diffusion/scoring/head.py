@@ -35,6 +35,7 @@ from .gradients import (
 )
 from .output_head import token_log_probs
 from .responses import Chunk, cut, place
+from .sharding import Backbone, is_partitioned, recomputed_hidden_states
 
 # The draws of precomputed reference values and of evaluation. Training steps count from one.
 FIXED_NONCE = 0
@@ -116,8 +117,11 @@ class ELBOHead:
 
     def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
         mode = self._gradient_mode(model)
+        backbone = hidden_states
+        if mode == "checkpoint" and is_partitioned(model.get_output_embeddings()):
+            backbone, mode = recomputed_hidden_states, "graph"
         responses = cut(input_ids, real, draws, self.draws_per_forward)
-        scores = [partial(_score_draws, model, response.ids, self.mask_token_id) for response in responses]
+        scores = [partial(_score_draws, model, backbone, response.ids, self.mask_token_id) for response in responses]
         chunks = [response.chunks for response in responses]
         if mode != "immediate":
             scored = [score_with_graph(*each, mode) for each in zip(scores, chunks, strict=True)]
@@ -203,10 +207,12 @@ def _check_answer(answer: Any, name: str) -> None:
         )
 
 
-def _score_draws(model: PreTrainedModel, ids: torch.Tensor, mask_token_id: int, chunk: Chunk) -> torch.Tensor:
+def _score_draws(
+    model: PreTrainedModel, backbone: Backbone, ids: torch.Tensor, mask_token_id: int, chunk: Chunk
+) -> torch.Tensor:
     """One forward of `k` corrupted copies of one sequence: `(k, T)` log-probabilities of masked tokens, 0 elsewhere."""
     noised = noise_inputs(ids, chunk.masked, mask_token_id)
-    hidden = hidden_states(model, noised)
+    hidden = backbone(model, noised)
     places = chunk.positions % len(ids)
     predicting = chunk.positions - places + family_of(model.config).predicting(places)  # in the same row
     log_probs = token_log_probs(model, hidden.flatten(0, 1), predicting, ids[places])

@@ -49,6 +49,7 @@ from .coupling import CouplingWatch
 from .data import readable, without_length_filter
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
+from .processes import ProcessesMixin
 from .reference import ReferenceMixin
 from .running import RunningKappaCallback
 from .tokens import TokenRules, scorable
@@ -57,7 +58,7 @@ logger = get_logger(__name__)
 Callback = TypeVar("Callback")
 
 
-class ELBOTrainerMixin(ReferenceMixin):
+class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
     """
     Put in front of a TRL trainer, makes its log-probabilities ELBOs. The subclasses are final.
 
@@ -144,6 +145,7 @@ class ELBOTrainerMixin(ReferenceMixin):
                 "return. Set `router_aux_loss_coef=0.0`."
             )
         cast_adapters(self.model, self.args.adapter_dtype)
+        self._let_gradients_come_once()
         if self.args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
         self._record = make_record(self)

@@ -8,7 +8,7 @@ it is given a part of the rows at a time, so that a run that was interrupted goe
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from datasets.fingerprint import Hasher
 from ..models.denoiser import resolve_mask_token_id
 from ..scoring.adapters import adapter_scaling
 from ..scoring.head import FIXED_NONCE, on_draws
+from ..scoring.sharding import gradients_stay_wanted
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from ..scoring.door import DPOTrainer as _TRLTrainer
@@ -144,11 +145,8 @@ class ReferenceMixin(_TRLTrainer):
         """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]; on the set that is being stored."""
         if self._draw_set is not None:
             model = on_draws(model, FIXED_NONCE + self._draw_set)
-        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
-        reference = super().compute_ref_log_probs(model, inputs)
-        for parameter in frozen:  # PEFT frees all of an adapter when it switches it on again
-            parameter.requires_grad_(False)
-        return reference
+        with gradients_stay_wanted(self.model) as restore:
+            return super().compute_ref_log_probs(_after(restore, model), inputs)
 
     def _remove_unreadable(self, part: Dataset, label: str) -> None:
         """Remove stored values that are damaged, so that they are computed again."""
@@ -161,6 +159,14 @@ class ReferenceMixin(_TRLTrainer):
                 logger.warning("Stored reference values of the %s dataset are damaged and computed again.", label)
                 os.remove(path)
         self.accelerator.wait_for_everyone()
+
+
+def _after(prepare: Callable[[], None], model: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        prepare()
+        return model(*args, **kwargs)
+
+    return call
 
 
 def _is_whole(path: str, rows: int) -> bool:
