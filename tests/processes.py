@@ -46,7 +46,7 @@ def _child(function, arguments, variables, log):
         os.dup2(output, stream)
     sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)  # not what pytest has put there
     os.environ.update({name: str(value) for name, value in variables.items()})
-    _forget_the_parents_processes()
+    forget_processes()
     try:
         function(*arguments)
     except BaseException:
@@ -55,7 +55,8 @@ def _child(function, arguments, variables, log):
     os._exit(0)  # nothing that the parent would do at its exit
 
 
-def _forget_the_parents_processes():
+def forget_processes():
+    """accelerate remembers processes and precision for the whole life of an interpreter."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):

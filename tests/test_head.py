@@ -13,6 +13,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import make_model
 from counters import HidesEverything, LiveBytes, matmul_flops
 from peft import LoraConfig, get_peft_model
+from processes import forget_processes
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_diffusion import MaskSampler, elbo
@@ -122,6 +123,7 @@ def test_a_copy_runs_its_own_weights(model):
 def wrapped_as(wrapping, model):
     """The model as other libraries hand it on: each hides its own forward, and none says so in the same way."""
     if wrapping == "accelerate, bf16":
+        forget_processes()
         return Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
     if wrapping == "PEFT":
         return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
