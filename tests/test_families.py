@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import HUB_TEMPLATE, make_model, make_tokenizer
+from test_decoders import FOLDERS
 from test_generation import PROMPTS, naive_response
 from test_head import gradients, make_batch, scored
 from transformers import (
@@ -29,6 +30,7 @@ from transformers import (
 from trl_diffusion import MaskSampler, elbo
 from trl_diffusion.models import families
 from trl_diffusion.models.chat_template import use_training_template
+from trl_diffusion.models.decoders.family import DECODERS
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
 from trl_diffusion.models.families import FAMILIES, family_of, refuse_unscored
 from trl_diffusion.models.family import Blocks, Family, Head
@@ -82,18 +84,21 @@ class Row:
         make: a small model of it.
         literal: its record, where the package has none.
         pads_left: whether the model itself can be given rows that are padded on the left.
+        shift: how far before a token its logits stand.
     """
 
     make: Callable[[], PreTrainedModel]
     literal: Family | None = None
     pads_left: bool = True
+    shift: int = 0
 
 
 BERT = Family(name="BERT", model_types=("bert",), head=Head(transform="cls.predictions.transform"))
 ROWS = {
     "LLaDA": Row(make_model),
     "no literal": Row(make_llama),
-    "shifted": Row(make_llama, Family(name="shifted", model_types=("llama",), logit_shift=1)),
+    "shifted": Row(make_llama, Family(name="shifted", model_types=("llama",), logit_shift=1), shift=1),
+    **{name: Row(folder.model, shift=folder.shift) for name, folder in FOLDERS.items()},
     "soft cap": Row(
         make_capped, Family(name="cap", model_types=("gemma2",), head=Head(soft_cap="final_logit_softcapping"))
     ),
@@ -123,17 +128,13 @@ def in_place(model, shift):
     return denoise
 
 
-def shift_of(row):
-    return 0 if row.literal is None else row.literal.logit_shift
-
-
 # ------------------------------------------------------------------------------------- every family, the same questions
 
 
 def test_a_family_is_found_and_its_model_is_accepted(row):
     model = row.make()
     family = family_of(model.config)
-    assert family is row.literal if row.literal else family in (LLADA, Family())
+    assert family is row.literal if row.literal else family in (LLADA, *DECODERS, Family())
     check_denoiser(model, 2)
 
 
@@ -146,7 +147,7 @@ def test_the_head_is_the_plain_definition(row, mode):
         output = scored(model, batch, elbo_gradient=mode)
         maskable = batch["labels"] != -100
         draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1)
-        plain = elbo(in_place(model, shift_of(row)), batch["input_ids"], maskable, batch["attention_mask"], draws=draws)
+        plain = elbo(in_place(model, row.shift), batch["input_ids"], maskable, batch["attention_mask"], draws=draws)
         torch.testing.assert_close(output.log_probs, plain.terms[:, 1:], rtol=1e-5, atol=1e-5)
         ours = gradients(model, output.log_probs.sum(1) @ weights)
         theirs = gradients(model, plain.value @ weights)
@@ -179,7 +180,7 @@ def test_a_head_that_is_called_is_the_head_that_is_multiplied_with(row, monkeypa
 def test_generate_is_the_naive_sampler(row, arguments):
     model = row.make()
     for prompt in PROMPTS:
-        expected, _ = naive_response(in_place(model, shift_of(row)), prompt, **arguments, pad=1)
+        expected, _ = naive_response(in_place(model, row.shift), prompt, **arguments, pad=1)
         sequences = generate(model, torch.tensor([prompt]), **arguments, eos_token_id=[0], pad_token_id=1)
         assert sequences[0, len(prompt) :].tolist() == expected
 
@@ -216,6 +217,7 @@ OTHERWISE = {
     "name": "x",
     "model_types": ("x",),
     "auto_class": "AutoModel",
+    "mask_tokens": ("x",),
     "mask_token_id": 7,
     "logit_shift": 1,
     "first_token": "nothing",
@@ -236,7 +238,7 @@ OTHERWISE = {
     [
         (LlamaConfig(), Family().name),
         (LlamaConfig(architectures=["StableDiffcoderForCausalLM"]), "Stable-DiffCoder"),
-        (SimpleNamespace(model_type="Dream"), Family().name),
+        (SimpleNamespace(model_type="Dream"), "Dream"),
         (SimpleNamespace(model_type="Dream", block_size=32), "DreamReasoner"),
         (SimpleNamespace(model_type="llada"), "LLaDA"),
         (SimpleNamespace(model_type="sdar_moe"), "SDAR"),

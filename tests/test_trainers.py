@@ -387,7 +387,8 @@ def test_model_card(tmp_path):
     card = (tmp_path / "README.md").read_text()
     for expected in (
         "2505.19223",
-        "model.generate",
+        "generate(model, ",
+        "AutoModelForCausalLM.from_pretrained",
         "5 draws per response",
         "- vrpo",
         "- mine",

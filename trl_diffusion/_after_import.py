@@ -65,6 +65,17 @@ class Unimported(ModuleType):
         return getattr(module, attribute)
 
 
+# What the models room exports, by `model_type`
+_CONFIGURATIONS = {
+    "llada": "LLaDAConfig",
+    "illada": "ILLaDAConfig",
+    "Dream": "DreamConfig",
+    "a2d-qwen2": "A2DQwen2Config",
+    "a2d-qwen3": "A2DQwen3Config",
+    "a2d-llama": "A2DLlamaConfig",
+}
+
+
 def register_configurations(auto: Any) -> None:
     """
     Tell transformers' `configuration_auto` which model types this package has classes for.
@@ -72,6 +83,6 @@ def register_configurations(auto: Any) -> None:
     In the way of its own models: a type has the name of its class and a module, which is imported when a checkpoint of
     that type is first met. Ours then registers its model classes.
     """
-    for model_type, class_name in {"llada": "LLaDAConfig"}.items():
+    for model_type, class_name in _CONFIGURATIONS.items():
         auto.CONFIG_MAPPING._mapping[model_type] = class_name
         auto.CONFIG_MAPPING._modules[auto.model_type_to_module_name(model_type)] = Unimported("trl_diffusion.models")

@@ -95,7 +95,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end of text, which every completion ends in: set `tokenizer.eos_token`.")
     mask = resolve_mask_token_id(config, tokenizer)
-    for name in ("eos_token", "bos_token"):
+    for name in ("eos_token", "bos_token", "unk_token"):
         if getattr(tokenizer, f"{name}_id") == mask:
             raise ValueError(
                 f"`tokenizer.{name}` is the mask token ({mask}), so it would be taken for noise wherever it stands. "

@@ -12,6 +12,7 @@ This module draws nothing: it scores the draws it is given, on any denoiser.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -118,7 +119,8 @@ def elbo(
 
     Args:
         model: called as `model(input_ids=..., attention_mask=...)` with masked tokens replaced; returns `(B, L, V)`
-            logits for the token at each position, or an object with `logits`.
+            logits, or an object with `logits`. Those of a function are for the token at each position; those of a
+            transformers model, wrapped or not, are taken from where its family puts them (Dream: one place before).
         input_ids: `(B, L)` prompts and responses.
         maskable: `(B, L)` bool, the response tokens, for which `draws` were made.
         attention_mask: `(B, L)`, one at real tokens.
@@ -194,9 +196,20 @@ def weigh(log_probs: torch.Tensor, draws: MaskDraws) -> ELBO:
     )
 
 
+@singledispatch
+def token_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """
+    `(B, L, V)` logits for the token at each position.
+
+    Whatever can be called is asked for just that. A type of model whose logits stand elsewhere registers how it is to
+    be asked, as `models/logits.py` does for those that belong to a family; nothing else moves logits.
+    """
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask)
+    return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+
+
 def _token_log_probs(model, noised_input_ids, targets, attention_mask):
-    outputs = model(input_ids=noised_input_ids, attention_mask=attention_mask)
-    logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+    logits = token_logits(model, noised_input_ids, attention_mask)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 

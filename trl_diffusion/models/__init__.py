@@ -9,6 +9,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .._after_import import after_import
+from .decoders.auto import register
+from .decoders.configuration import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config, DreamConfig, ILLaDAConfig
 from .families import FAMILIES
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAModel, LLaDAModelLM
@@ -17,6 +19,7 @@ AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)
 AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
 AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+register()
 
 
 def _tell_peft(constants: Any) -> None:
@@ -28,4 +31,13 @@ def _tell_peft(constants: Any) -> None:
 
 after_import("peft.utils.constants", _tell_peft)
 
-__all__ = ["LLaDAConfig", "LLaDAModel", "LLaDAModelLM"]
+__all__ = [
+    "A2DLlamaConfig",
+    "A2DQwen2Config",
+    "A2DQwen3Config",
+    "DreamConfig",
+    "ILLaDAConfig",
+    "LLaDAConfig",
+    "LLaDAModel",
+    "LLaDAModelLM",
+]

@@ -15,12 +15,14 @@ def resolve_mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokeniz
     The token that stands for a masked position: the model's, or else the tokenizer's, or else the family's.
 
     Raises:
-        ValueError: neither has one, they differ, or it is the padding token or outside the vocabulary.
+        ValueError: neither has one, they differ, or it is the padding token, a word, or outside the vocabulary.
     """
     of_model = getattr(config, "mask_token_id", None)
     of_tokenizer = getattr(tokenizer, "mask_token_id", None)
-    of_family = family_of(config).mask_token_id
-    mask_token_id = next((token for token in (of_model, of_tokenizer, of_family) if token is not None), None)
+    family = family_of(config)
+    named = _in_vocabulary(tokenizer, family.mask_tokens)
+    known = (of_model, of_tokenizer, named, family.mask_token_id)
+    mask_token_id = next((token for token in known if token is not None), None)
     if mask_token_id is None:
         raise ValueError(
             f"Neither the model (model_type={config.model_type!r}) nor the tokenizer has a mask token, so this is not "
@@ -42,7 +44,38 @@ def resolve_mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokeniz
             f"The padding token and the mask token are the same ({mask_token_id}). Set `tokenizer.pad_token` to "
             "another token, the end of text for instance."
         )
+    _refuse_words(mask_token_id, tokenizer)
     return mask_token_id
+
+
+def _in_vocabulary(tokenizer: PreTrainedTokenizerBase | None, names: tuple[str, ...]) -> int | None:
+    """The first of `names` that is a token, where none is registered as the mask token."""
+    if tokenizer is None:
+        return None
+    for name in names:
+        token = tokenizer.convert_tokens_to_ids(name)
+        if token is not None and tokenizer.convert_ids_to_tokens(token) == name:
+            return token
+    return None
+
+
+def _refuse_words(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a mask token that text may contain, or that the tokenizer does not have: one of the two is another's."""
+    if tokenizer is None:
+        return
+    cure = "Use the tokenizer that belongs to the model, or correct `model.config.mask_token_id`."
+    if mask_token_id >= len(tokenizer):
+        raise ValueError(
+            f"The mask token is {mask_token_id}, and the tokenizer has {len(tokenizer)} tokens: it belongs to another "
+            f"model. {cure}"
+        )
+    name = str(tokenizer.convert_ids_to_tokens(mask_token_id))
+    special = mask_token_id in tokenizer.added_tokens_decoder or mask_token_id in tokenizer.all_special_ids
+    if not special and "mask" not in name.lower():
+        raise ValueError(
+            f"The mask token is {mask_token_id}, which is {name!r} for the tokenizer, an ordinary token: it would be "
+            f"taken for noise wherever it stands. {cure}"
+        )
 
 
 @contextmanager
@@ -70,7 +103,7 @@ def check_denoiser(model: PreTrainedModel, mask_token_id: int) -> None:
     head, name = model.get_output_embeddings(), type(model).__name__
     if head is None or model.base_model is model:
         raise ValueError(f"`{name}` has no output head over a backbone, so it has no token log-probabilities.")
-    if _is_elsewhere(model):
+    if is_elsewhere(model):
         return
     tokens = _trial_tokens(model, mask_token_id)
     changed = tokens.clone()
@@ -86,7 +119,7 @@ def check_denoiser(model: PreTrainedModel, mask_token_id: int) -> None:
         )
 
 
-def _is_elsewhere(model: PreTrainedModel) -> bool:
+def is_elsewhere(model: PreTrainedModel) -> bool:
     """Whether weights are not here, and no hook of the layer brings them: on the meta device, or ZeRO-3's shards."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = [getattr(layer, "weight", None) for layer in layers if "forward" not in vars(layer)]

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedConfig
 
+from .decoders.family import DECODERS
 from .family import Blocks, Family
 from .llada.family import LLADA
 
@@ -37,6 +38,7 @@ FAMILIES: list[Family] = [
         attention=Blocks(4),
     ),
     Family(name="DiffusionGemma", model_types=("diffusion_gemma", "diffusion_gemma_text"), noise="uniform"),
+    *DECODERS,  # after DreamReasoner, which is a Dream by its `model_type`
 ]
 _DEFAULT = Family()
 

@@ -68,6 +68,7 @@ class Family:
         only_if: what their configuration has besides; several families may share a `model_type`.
         auto_class: name of the transformers auto class that loads it. By default the class that the configuration names
             itself.
+        mask_tokens: names that a mask token has in the vocabulary of a tokenizer that does not say which it is.
         mask_token_id: the mask token, where neither the configuration nor the tokenizer has one.
         logit_shift: the logits that predict token i stand at position i minus this: 0, or 1 as in a model that was made
             from an autoregressive one.
@@ -89,6 +90,7 @@ class Family:
     model_types: tuple[str, ...] = ()
     only_if: Callable[[PreTrainedConfig], bool] | None = field(default=None, compare=False, repr=False)
     auto_class: str = ""
+    mask_tokens: tuple[str, ...] = ("<|mask|>", "<|MASK|>")
     mask_token_id: int | None = None
     logit_shift: int = 0
     first_token: Literal["first", "nothing"] = "first"
@@ -109,6 +111,12 @@ class Family:
     def predicting(self, places: torch.Tensor) -> torch.Tensor:
         """Positions of the logits that predict the tokens at `places`."""
         return (places - self.logit_shift).clamp(min=0)
+
+    def in_place(self, logits: torch.Tensor) -> torch.Tensor:
+        """`(B, L, V)` logits of a model, moved to the positions of the tokens that they predict."""
+        if self.logit_shift == 0:
+            return logits
+        return logits[:, self.predicting(torch.arange(logits.shape[1], device=logits.device))]
 
     def key(self) -> str:
         """All facts as one text that is the same in every process: part of the key of whatever is stored of a model."""

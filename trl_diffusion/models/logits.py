@@ -10,7 +10,26 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from ..estimators.elbo import token_logits
 from .families import family_of
+
+
+@token_logits.register(nn.Module)
+def _(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Full logits where the family has them; a module that is no model of transformers is asked as a function is."""
+    logits: torch.Tensor = token_logits.dispatch(object)(model, input_ids, attention_mask)
+    inner = _unwrapped(model)
+    return logits if inner is None else family_of(inner.config).in_place(logits)
+
+
+def _unwrapped(model: Any) -> PreTrainedModel | None:
+    """The model inside PEFT's, torch's and accelerate's wrappers, which leave logits where they are."""
+    while not isinstance(model, PreTrainedModel):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        model = getattr(model, "_orig_mod", None) if inner is None else inner
+        if model is None:
+            return None
+    return model
 
 
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ from .processes import ProcessesMixin
 from .reference import ReferenceMixin
 from .running import RunningKappaCallback
 from .tokens import TokenRules, scorable
+from .trial import refuse_router_loss, try_shift
 
 logger = get_logger(__name__)
 Callback = TypeVar("Callback")
@@ -123,7 +124,7 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         self._headed: list[torch.nn.Module] = []
         if isinstance(model, str):  # checked when it is loaded
             return ref_model
-        self._accept(model, tokenizer)
+        check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
         return ref_model if ref_model is not None else reference_copy(model, args, peft_config)
 
     def _inside_trl(self) -> AbstractContextManager[None]:
@@ -139,13 +140,10 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         """A trainer that is complete: checked, and with the callbacks that watch its run."""
         for model in filter(None, (self.model, self.ref_model)):
             check_asked_for(model, self._headed)
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"`router_aux_loss_coef={self.router_aux_loss_coef}` adds a loss of the router, which a score does not "
-                "return. Set `router_aux_loss_coef=0.0`."
-            )
+        refuse_router_loss(self)
         cast_adapters(self.model, self.args.adapter_dtype)
         self._let_gradients_come_once()
+        try_shift(self)
         if self.args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
         self._record = make_record(self)
@@ -161,21 +159,22 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
             kwargs["quantization_config"] = spare_in_quantization(kwargs["quantization_config"], config)
         kwargs["architecture"] = class_to_load(config)
         model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
-        self._accept(model, None)
+        self._go_by(model)  # tried when it gets its head: its tokenizer, which may name the mask, is not there yet
         return model
 
-    def _accept(self, model: Any, tokenizer: Any) -> None:
-        """Refuse what is not a denoiser, and remember the configuration that draws and data go by."""
+    def _go_by(self, model: Any) -> Any:
+        """Remember the configuration that draws and data go by; the model below its adapters."""
         base = model.get_base_model() if is_peft_model(model) else model
         self._model_config, self._max_positions = base.config, position_limit(base)
         keep_differentiable(base)
-        check_denoiser(base, resolve_mask_token_id(base.config, tokenizer))
+        return base
 
     def _add_head(self, model: Any, **_: Any) -> None:
         """The head of the policy or of its reference, which may have come from elsewhere."""
         mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
         check_same_vocabulary(self._model_config, model.config, self._tokenizer)
         check_denoiser(model, mask_token_id)
+        model.config.mask_token_id = mask_token_id  # also where only the tokenizer had it: the checkpoint says it
         obstacle = self._obstacle_to_immediate()
         if self.args.elbo_gradient == "immediate":
             refuse_immediate(obstacle)

@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.families import class_to_load
+
 
 def write_model_card(
     trainer: Any, model_name: str | None, dataset_name: str | None, tags: str | list[str] | None
@@ -38,6 +40,7 @@ def write_model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         base_model=base_model,
         dataset_name=dataset_name,
+        auto_class=class_to_load(trainer.model.config).__name__,
         estimator=trainer.args.describe_estimator(),
         trainer_name=trainer._name,
         paper_title=trainer._paper["title"],

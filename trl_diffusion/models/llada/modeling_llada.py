@@ -29,6 +29,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ..sampler import DiffusionGenerationMixin
+from ..whole import WholeCheckpointMixin
 from .configuration_llada import LLaDAConfig
 
 
@@ -226,7 +227,7 @@ def _positions(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None)
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).to(hidden_states.device)
 
 
-class LLaDAModelLM(LLaDAPreTrainedModel, DiffusionGenerationMixin, GenerationMixin):
+class LLaDAModelLM(WholeCheckpointMixin, LLaDAPreTrainedModel, DiffusionGenerationMixin, GenerationMixin):
     """LLaDA with its output head: one distribution over the vocabulary per position, for the token *at* it."""
 
     def __init__(self, config: LLaDAConfig):

@@ -1,0 +1,74 @@
+"""
+Llama, Qwen2 and Qwen3 without the causal mask, in plain torch: the oracle of tests/test_decoders.py.
+
+Written from the description, one equation a line, and from none of the code that it is compared with. What a family has
+(biases, norms of queries and keys, a head of its own) is seen in its tensors, which are looked up by published names.
+"""
+
+import torch
+import torch.nn.functional as F
+
+WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LAYERS = 32, 64, 4, 2, 8, 30, 2
+
+
+def published_tensors(biases=False, head_norms=False, tied=False, seed=0):
+    """Random tensors under the published names, large enough that every token matters to every other."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (heads * HEAD_DIM, WIDTH)
+            if biases:
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (heads * HEAD_DIM,)
+        if head_norms:
+            shapes |= {f"{layer}.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (WIDTH, HEADS * HEAD_DIM)
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj.weight"] = (WIDTH, INNER)
+        shapes |= {f"{layer}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
+    if not tied:
+        shapes["lm_head.weight"] = (VOCABULARY, WIDTH)
+    tensors = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: tensor + ("norm" in name) for name, tensor in tensors.items()}
+
+
+def decoder_logits(tensors, input_ids, real=None, *, theta, eps):
+    """`(B, L, V)` logits; `real` is `(B, L)`, one at real tokens."""
+    real = torch.ones_like(input_ids) if real is None else real
+
+    def norm(x, name):
+        return tensors[name] * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+    def project(x, name):
+        return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0)
+
+    x = tensors["model.embed_tokens.weight"][input_ids]
+    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
+        normed = norm(x, f"{layer}.input_layernorm.weight")
+        query, key, value = (
+            project(normed, f"{layer}.self_attn.{name}_proj").unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+            for name in "qkv"
+        )
+        if f"{layer}.self_attn.q_norm.weight" in tensors:
+            query, key = norm(query, f"{layer}.self_attn.q_norm.weight"), norm(key, f"{layer}.self_attn.k_norm.weight")
+        query, key = turn(query, theta), turn(key, theta)
+        key, value = (each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (key, value))
+        scores = (query @ key.mT / HEAD_DIM**0.5).masked_fill(real[:, None, None, :] == 0, -torch.inf)
+        x = x + project((scores.softmax(-1) @ value).transpose(1, 2).flatten(2), f"{layer}.self_attn.o_proj")
+        normed = norm(x, f"{layer}.post_attention_layernorm.weight")
+        gate, up = (project(normed, f"{layer}.mlp.{name}_proj") for name in ("gate", "up"))
+        x = x + project(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return norm(x, "model.norm.weight") @ head.T
+
+
+def frequencies(theta):
+    return torch.tensor([theta ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)])
+
+
+def turn(x, theta):
+    """Turn the pair (i, i + HEAD_DIM / 2) of each head `(B, heads, L, HEAD_DIM)` by position times frequency i."""
+    angles = torch.arange(x.shape[2])[:, None] * frequencies(theta)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

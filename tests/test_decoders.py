@@ -1,0 +1,486 @@
+"""
+The law: iLLaDA, Dream and converted decoders are the published architectures, from their own folders, with no remote
+code; what is not is refused by name.
+
+Folders are written as they are published: a config.json with the published fields, and tensors under published names.
+"""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import make_model, make_pairs, make_tokenizer
+from decoder_reference import decoder_logits, frequencies, published_tensors
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_head import make_batch, scored
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, MaskSampler, elbo, estimate_memory
+from trl_diffusion.checks.inputs import check_tokenizer
+from trl_diffusion.estimators.elbo import token_logits
+from trl_diffusion.models.decoders.auto import CLASSES
+from trl_diffusion.models.decoders.modeling import DreamModel, DreamTokenizer
+from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
+from trl_diffusion.models.families import class_to_load, family_of
+from trl_diffusion.models.sampler import generate
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 30,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+QWEN = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "rope_scaling": None}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """
+    A published folder.
+
+    Args:
+        fields: of its config.json, besides sizes.
+        tensors: what they are like, see [`published_tensors`].
+        theta, eps: of the rotary embedding and the norms.
+        shift: where the logits of a token stand before it.
+    """
+
+    fields: dict
+    tensors: dict = field(default_factory=dict)
+    theta: float = 10000.0
+    eps: float = 1e-6
+    shift: int = 0
+
+    def write(self, path, **changes):
+        config = {**SIZES, "rope_theta": self.theta, "rms_norm_eps": self.eps, **self.fields, **changes}
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config))
+        save_file(self.published, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    def model(self):
+        """In memory, with 2 for its mask token."""
+        fields = {**SIZES, "rope_theta": self.theta, "rms_norm_eps": self.eps, **self.fields, "mask_token_id": 2}
+        config = AutoConfig.for_model(**fields)
+        model = CLASSES[type(config)](config)
+        model.load_state_dict(self.published, strict=not config.tie_word_embeddings)
+        return model.eval()
+
+    @property
+    def published(self):
+        return published_tensors(**self.tensors)
+
+    def logits(self, tensors, input_ids, real=None):
+        return decoder_logits(tensors, input_ids, real, theta=self.theta, eps=self.eps)
+
+
+FOLDERS = {
+    "iLLaDA": Folder(  # no mask token in its config.json
+        {
+            "model_type": "illada",
+            "architectures": ["ILLaDAForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration_illada.C", "AutoModelForCausalLM": "modeling_illada.M"},
+            "tie_word_embeddings": True,
+            "layer_norm_eps": None,
+            "resid_pdrop": 0.0,
+        },
+        {"tied": True},
+        theta=500000.0,
+    ),
+    "Dream": Folder(
+        {
+            "model_type": "Dream",
+            "architectures": ["DreamModel"],
+            "auto_map": {"AutoConfig": "configuration_dream.C", "AutoModel": "modeling_dream.M"},
+            "mask_token_id": 2,
+            "use_cache": True,
+            "use_mrope": False,
+            "tie_word_embeddings": False,
+            **QWEN,
+        },
+        {"biases": True},
+        theta=1000000.0,
+        shift=1,
+    ),
+    "A2D-Qwen2": Folder({"model_type": "a2d-qwen2", "tie_word_embeddings": False, **QWEN}, {"biases": True}),
+    "A2D-Qwen3": Folder(
+        {"model_type": "a2d-qwen3", "tie_word_embeddings": True, "head_dim": 8, "attention_bias": False, **QWEN},
+        {"head_norms": True, "tied": True},
+        theta=1000000.0,
+    ),
+    "A2D-Llama": Folder({"model_type": "a2d-llama", "tie_word_embeddings": False}, eps=1e-5),
+}
+IDS = torch.tensor([[5, 2, 9, 11, 2, 2, 7, 3], [1, 0, 2, 4, 8, 2, 13, 29]])
+REAL = torch.tensor([[1] * 8, [0, 0, 0] + [1] * 5])
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request):
+    return FOLDERS[request.param]
+
+
+@pytest.fixture
+def path(folder, tmp_path):
+    return folder.write(tmp_path / "published")
+
+
+def logits(model, real=None):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, attention_mask=real).logits
+
+
+def assert_parity(model, folder, tensors=None):
+    """On rows with and without padding; at padded positions there is nothing to compare."""
+    for real in (None, REAL):
+        expected = folder.logits(folder.published if tensors is None else tensors, IDS, real)
+        there = torch.ones_like(IDS).bool() if real is None else real.bool()
+        torch.testing.assert_close(logits(model, real)[there], expected[there], rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- architecture
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_published_folder_is_the_architecture_in_plain_torch(folder, path, attention):
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=attention)
+    assert type(model) is CLASSES[type(model.config)]
+    assert model.config.is_causal is False and model.config.use_cache is False
+    assert_parity(model, folder)
+
+
+def test_by_every_auto_class_it_is_the_same_model(folder, path):
+    """The published code has it under `AutoModel` too, with its head."""
+    expected = logits(AutoModelForCausalLM.from_pretrained(path))
+    for auto in (AutoModel, class_to_load(AutoConfig.from_pretrained(path))):
+        assert torch.equal(logits(auto.from_pretrained(path)), expected)
+
+
+def test_tensors_keep_their_published_names_through_shards(folder, path, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
+    shards = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert len(shards) > 2
+    saved = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert saved.keys() == folder.published.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in folder.published.items())
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == folder.fields["model_type"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_frequencies_after_a_load_are_those_of_theta(folder, path, dtype):
+    """transformers builds a model without memory first, and fills what no checkpoint holds."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies(folder.theta), rtol=1e-6, atol=0)
+
+
+def test_an_adapter_is_exchanged_by_published_names_and_merges(folder, path, tmp_path):
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(path),
+        LoraConfig(r=2, lora_alpha=4, target_modules=family_of(AutoConfig.from_pretrained(path)).lora_target_modules),
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+            weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tensors, merged = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), folder.published
+    for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+        target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        merged[f"{target}.weight"] += 2 * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]  # alpha / r
+    assert len(tensors) == 2 * 7 * 2  # A and B of every linear layer of the blocks, and none on the head
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(adapted))
+    whole = again.merge_and_unload()
+    whole.save_pretrained(tmp_path / "merged")
+    assert_parity(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), folder, merged)
+
+
+def test_an_embedding_of_padding_learns(path):
+    """It is the end of text in most."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model(input_ids=torch.tensor([[0, 5, 0, 7]])).logits.square().sum().backward()
+    assert model.get_input_embeddings().weight.grad[0].any()
+
+
+def test_labels_are_of_the_tokens_that_the_logits_predict(folder, path):
+    model, labels = AutoModelForCausalLM.from_pretrained(path).eval(), IDS.clone()
+    labels[:, :3] = -100
+    log_probs = logits(model)[:, 3 - folder.shift : 8 - folder.shift].log_softmax(-1)
+    expected = -log_probs.gather(-1, labels[:, 3:, None]).mean()
+    torch.testing.assert_close(model(input_ids=IDS, labels=labels).loss.detach(), expected)
+
+
+def test_layers_to_wrap_are_classes_of_the_model(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    layers = {type(layer).__name__ for layer in model.model.layers}
+    assert layers == set(model._no_split_modules) and model.supports_gradient_checkpointing
+
+
+def test_layer_checkpointing_changes_no_gradient(path):
+    grads = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(path).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(input_ids=IDS).logits.square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@pytest.mark.slow
+def test_in_4_bits_head_and_embeddings_are_spared_and_it_reloads(path, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    quantised = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, dtype=torch.float32)
+    linears = [name for name, m in quantised.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(linears) == 7 * 2 and not any("lm_head" in name for name in linears)
+    for layer in (quantised.get_input_embeddings(), quantised.get_output_embeddings()):
+        assert layer.weight.dtype == torch.float32
+    quantised.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.train()(input_ids=IDS).logits, quantised.train()(input_ids=IDS).logits)
+
+
+def test_memory_is_estimated_from_the_configuration(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    estimate = estimate_memory(model.config, max_length=16, dtype="float32", bf16=False)
+    assert estimate.blocks + estimate.embeddings == sum(weight.nbytes for weight in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------------- shift
+
+
+def moved(model, shift):
+    """The model as a function whose logits stand at the token that they predict, written by hand."""
+
+    def denoise(input_ids, attention_mask=None):
+        found = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return torch.stack([found[:, max(i - shift, 0)] for i in range(found.shape[1])], dim=1)
+
+    return denoise
+
+
+def test_on_every_route_logits_are_moved_once(folder, path):
+    """The plain definition, the head of the trainers, and wrappers of the model, against logits moved by hand."""
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    batch = make_batch()
+    maskable = batch["labels"] != -100
+    draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1)
+    rows = (batch["input_ids"], maskable, batch["attention_mask"])
+    expected = elbo(moved(model, folder.shift), *rows, draws=draws, mask_token_id=2).value
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))  # in place
+    for each in (model, wrapped, torch.nn.DataParallel(model), torch.nn.DataParallel(wrapped)):
+        assert torch.equal(elbo(each, *rows, draws=draws, mask_token_id=2).value, expected)
+    torch.testing.assert_close(scored(model, batch).elbo.value, expected, rtol=1e-5, atol=1e-5)
+    if folder.shift:
+        assert not torch.allclose(elbo(moved(model, 0), *rows, draws=draws, mask_token_id=2).value, expected, rtol=0.01)
+
+
+def test_a_module_of_ones_own_is_asked_for_logits_in_place():
+    class Own(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None):
+            return torch.arange(5.0).view(1, 5, 1).expand(1, 5, 3)
+
+    assert token_logits(Own(), IDS, None)[0, :, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_generate_takes_the_first_token_from_the_logits_before_it(folder, path):
+    model, prompt = AutoModelForCausalLM.from_pretrained(path).eval(), torch.tensor([[5, 9, 11, 7]])
+    arguments = {"max_new_tokens": 1, "mask_token_id": 2, "eos_token_id": [28]}
+    answer = model.generate(prompt, **arguments)
+    found = model(input_ids=torch.tensor([[5, 9, 11, 7, 2]])).logits[0, 4 - folder.shift].detach()
+    found[2] = -torch.inf
+    assert answer[0, 4] == found.argmax()
+    assert torch.equal(generate(model, prompt, **arguments), answer)
+
+
+# ------------------------------------------------------------------------------------------------------------ trainers
+
+
+def trained(path, out, peft_config=None, **options):
+    """By path, as the scripts do: model, tokenizer and reference are those of the folder."""
+    options = {"num_mc_samples": 2, "bf16": False, "use_cpu": True, "report_to": [], "logging_steps": 1, **options}
+    arguments = DiffusionVRPOConfig(str(out), learning_rate=1e-2, disable_tqdm=True, save_strategy="no", **options)
+    trainer = DiffusionVRPOTrainer(str(path), args=arguments, train_dataset=make_pairs(4), peft_config=peft_config)
+    trainer.train()
+    return trainer
+
+
+LN2 = torch.tensor(2.0).log().item()
+
+
+def test_trained_by_path_with_an_adapter(folder, tmp_path):
+    """With layer checkpointing, TRL's default. Where config.json has no mask token it is the tokenizer's."""
+    mask = {"mask_token_id": 2} if folder is FOLDERS["iLLaDA"] else {}  # 5 is another token of this tokenizer
+    path = folder.write(tmp_path / "published", **mask)
+    make_tokenizer(with_mask=True).save_pretrained(path)
+    trainer = trained(path, tmp_path / "out", LoraConfig(r=2), max_steps=2)
+    first, second = trainer.state.log_history[:2]
+    assert first["loss"] == LN2 and first["rewards/margins"] == 0.0 and second["loss"] != LN2
+    assert trainer.model.config.mask_token_id == 2
+    trainer.create_model_card(model_name="mine")
+    assert "AutoModelForCausalLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["iLLaDA", "Dream"])
+def test_trained_by_path_with_a_reference_by_path(name, tmp_path):
+    path = FOLDERS[name].write(tmp_path / "published", mask_token_id=2)
+    make_tokenizer().save_pretrained(path)
+    trainer = trained(path, tmp_path / "out", max_steps=1)
+    assert type(trainer.ref_model) is type(trainer.model) is CLASSES[type(trainer.model.config)]
+    assert trainer.state.log_history[0]["loss"] == LN2
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_the_tokenizer_of_dream_needs_no_remote_code(tmp_path):
+    """A folder as it is published: vocabulary and merges, and the name of a class that is remote code."""
+    FOLDERS["Dream"].write(tmp_path)
+    letters = [*bytes_to_unicode().values(), "hi", "<|endoftext|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh i\n")
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    settings = {"tokenizer_class": "DreamTokenizer", **special}
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is DreamTokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("hi<|mask|>").input_ids) == ["hi", "<|mask|>"]
+    assert tokenizer.mask_token_id == letters.index("<|mask|>")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["<|mask|>", "<|MASK|>"])
+def test_a_mask_token_that_is_not_registered_is_found_in_the_vocabulary(name):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([name])
+    config = config_of("a2d-qwen3", vocab_size=40)
+    assert tokenizer.mask_token_id is None
+    assert resolve_mask_token_id(config, tokenizer) == tokenizer.convert_tokens_to_ids(name)
+    with pytest.raises(ValueError, match="Neither the model .* nor the tokenizer"):
+        resolve_mask_token_id(config, make_tokenizer())
+
+
+def config_of(model_type, **fields):
+    return AutoConfig.for_model(model_type, **{**SIZES, **fields})
+
+
+def test_illada_has_its_mask_token():
+    assert resolve_mask_token_id(config_of("illada")) == 5
+
+
+def test_a_word_is_no_mask_token():
+    """Of a tokenizer of another family, or from a wrong entry."""
+    with pytest.raises(ValueError, match="mask token is 12, which is 'three'.*ordinary.*tokenizer that belongs"):
+        resolve_mask_token_id(config_of("illada", mask_token_id=12), make_tokenizer())
+
+
+def test_a_mask_token_that_the_tokenizer_does_not_have():
+    size = len(make_tokenizer())
+    with pytest.raises(ValueError, match=f"mask token is {size}, and the tokenizer has {size} tokens"):
+        resolve_mask_token_id(config_of("Dream", mask_token_id=size, vocab_size=size + 1), make_tokenizer())
+
+
+def test_the_unknown_token_is_no_mask_token():
+    """What a guess by its name gives for iLLaDA."""
+    config = config_of("illada", mask_token_id=make_tokenizer().unk_token_id)
+    with pytest.raises(ValueError, match="`tokenizer.unk_token` is the mask token"):
+        check_tokenizer(make_tokenizer(), config)
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("iLLaDA", {"layer_norm_eps": 1e-5}, "`layer_norm_eps=1e-05` is not implemented for model_type='illada'"),
+        ("iLLaDA", {"resid_pdrop": 0.1}, "`resid_pdrop=0.1` is not implemented"),
+        ("iLLaDA", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "`rope_scaling=.*plain"),
+        ("iLLaDA", {"is_causal": True}, "`is_causal=True` contradicts model_type='illada'"),
+        ("Dream", {"use_mrope": True}, "`use_mrope=True` is not implemented"),
+        ("Dream", {"use_sliding_window": True}, "`use_sliding_window=True` is not implemented"),
+        ("A2D-Llama", {"num_experts": 4}, "`num_experts=4` is not implemented"),
+        ("A2D-Qwen3", {"final_logit_softcapping": 30.0}, "`final_logit_softcapping=30.0` is not implemented"),
+        ("A2D-Qwen2", {"is_causal": True}, "`is_causal=True` contradicts"),
+    ],
+)
+def test_a_configuration_of_another_architecture(name, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(FOLDERS[name].write(tmp_path, **changes))
+
+
+def test_a_choice_of_kernels_is_not_taken_from_a_published_configuration(tmp_path):
+    path = FOLDERS["A2D-Qwen3"].write(tmp_path, attn_implementation="flex_attention")
+    assert AutoModelForCausalLM.from_pretrained(path).config._attn_implementation == "sdpa"
+
+
+def test_dream_reasoner_is_not_dream(tmp_path):
+    path = FOLDERS["Dream"].write(tmp_path, block_size=32)
+    assert family_of(AutoConfig.from_pretrained(path)).name == "DreamReasoner"
+    with pytest.raises(ValueError, match="DreamReasoner.*block diffusion.*blocks of 32 tokens"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "message"),
+    [
+        ("A2D-Qwen3", "a2d-llama", "has, which this architecture has not, 4 tensors.*q_norm|k_norm"),
+        ("A2D-Llama", "Dream", "lacks 6 tensors, `model.layers.0.self_attn.k_proj.bias`.*another architecture"),
+        ("Dream", "illada", "has, which this architecture has not, 6 tensors"),
+    ],
+)
+def test_tensors_of_another_architecture(name, model_type, message, tmp_path):
+    path = FOLDERS[name].write(tmp_path, model_type=model_type, tie_word_embeddings="iLL" in name or "wen3" in name)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_half_of_a_llada_is_none(whole, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = "model.transformer.blocks.1.q_proj.weight"
+    kept = {name: tensor for name, tensor in tensors.items() if whole or name != lost}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if whole:
+        _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        return
+    with pytest.raises(ValueError, match=f"model_type='llada' lacks 1 tensors, `{lost}`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_an_autoregressive_checkpoint_is_found_by_its_attention():
+    config = LlamaConfig(**{**SIZES, "mask_token_id": 2})
+    with pytest.raises(ValueError, match="attends causally"):
+        check_denoiser(LlamaForCausalLM(config), 2)
+    config.is_causal = False
+    check_denoiser(LlamaForCausalLM(config), 2)
+
+
+def test_dream_is_found_by_its_configuration_only():
+    assert family_of(config_of("Dream")).logit_shift == 1 and family_of(config_of("illada")).logit_shift == 0
+    assert CLASSES[type(config_of("Dream"))] is DreamModel

@@ -1,0 +1,53 @@
+"""
+The law: a bidirectional decoder on two processes is the one on one, also where its layers are sharded by their own
+names, and where its head is its embedding.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import make_pairs
+from datasets import load_from_disk
+from peft import LoraConfig
+from processes import run_forked
+from test_decoders import FOLDERS
+from test_distributed import COMMON, FSDP, assert_the_same, fsdp_on_the_cpu, logs, outcome
+from test_trainers import make_trainer
+
+pytestmark = pytest.mark.slow
+
+CELLS = {"iLLaDA": None, "Dream": LoraConfig(r=4)}  # all weights, with a tied head; an adapter, with shifted logits
+# Which layers are wrapped is then what the model says
+BY_THE_MODEL = {name: value for name, value in FSDP.items() if name != "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+
+
+def train_cells(folder, processes, sharded):
+    with fsdp_on_the_cpu() if sharded else nullcontext():
+        for name, adapter in CELLS.items():
+            options = {**COMMON, "per_device_train_batch_size": 4 // processes}
+            rows = load_from_disk(str(folder / "rows"))
+            trainer = make_trainer(folder / "out", FOLDERS[name].model(), dataset=rows, peft_config=adapter, **options)
+            trainer.train()
+            result = outcome(trainer)
+            if trainer.is_world_process_zero():
+                torch.save(result, folder / f"{name} {processes}.pt")
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("decoders")
+    make_pairs(16).save_to_disk(str(folder / "rows"))
+    assert run_forked(train_cells, folder, 1, False, folder=folder) == [0], logs(folder)
+    return folder
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_equal_one(on_one, sharded):
+    environment = BY_THE_MODEL if sharded else {}
+    codes = run_forked(train_cells, on_one, 2, sharded, processes=2, folder=on_one, environment=environment)
+    assert codes == [0, 0], logs(on_one)
+    for name in CELLS:
+        assert_the_same(on_one, name, 2)

@@ -1,0 +1,30 @@
+"""The auto classes of transformers, told of the decoders: by path they need no remote code."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from .configuration import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config, DreamConfig, ILLaDAConfig
+from .modeling import (
+    A2DLlamaLMHeadModel,
+    A2DQwen2LMHeadModel,
+    A2DQwen3LMHeadModel,
+    DreamModel,
+    DreamTokenizer,
+    ILLaDAForCausalLM,
+)
+
+CLASSES = {
+    ILLaDAConfig: ILLaDAForCausalLM,
+    DreamConfig: DreamModel,
+    A2DQwen2Config: A2DQwen2LMHeadModel,
+    A2DQwen3Config: A2DQwen3LMHeadModel,
+    A2DLlamaConfig: A2DLlamaLMHeadModel,
+}
+
+
+def register() -> None:
+    """Let the auto classes know them. Their published `AutoModel` is the model with its head, and so it is here."""
+    for config, model in CLASSES.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+            auto.register(config, model, exist_ok=True)
+    AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)

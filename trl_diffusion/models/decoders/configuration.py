@@ -1,0 +1,126 @@
+"""
+Configurations of bidirectional decoders: those of transformers, under the published `model_type`.
+
+Published configurations have switches that the classes of transformers do not know, and would pass over in silence.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+if TYPE_CHECKING:  # what the mixin is put in front of
+    _Config: TypeAlias = PreTrainedConfig
+else:
+    _Config = object
+
+# Switches of related architectures, and the value with which they change nothing
+_OFF: dict[str, Any] = {
+    "alibi": False,
+    "clip_qkv": None,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "layer_norm_eps": None,  # iLLaDA: LayerNorm instead of RMSNorm
+    "logit_scale": None,
+    "num_experts": None,
+    "partial_rotary_factor": 1.0,
+    "resid_pdrop": 0.0,  # iLLaDA: dropout of what a layer adds
+    "use_mrope": False,  # Dream: rotary positions of images
+    "use_sliding_window": False,
+}
+
+
+class BidirectionalConfig(_Config):
+    """Put in front of a configuration of transformers: both sides are seen, and what is not implemented is refused."""
+
+    model_type: ClassVar[str]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        asked = {name: kwargs.get(name, getattr(self, name, off)) for name, off in _OFF.items()}
+        for name, value in asked.items():
+            if value is not None and value != _OFF[name]:
+                raise ValueError(
+                    f"`{name}={value!r}` is not implemented for model_type={self.model_type!r}, whose published "
+                    f"checkpoints have `{name}={_OFF[name]!r}`. It would be another model: look for a class of its own."
+                )
+        # A choice of kernels, with which a checkpoint was trained, is none of the architecture
+        kwargs.pop("attn_implementation", None)
+        self.use_cache = False  # some publish `True`, which means nothing for a model that sees both sides
+        super().__post_init__(**kwargs)
+        if self.is_causal:
+            raise ValueError(
+                f"`is_causal=True` contradicts model_type={self.model_type!r}, a model that attends in both "
+                "directions. If the checkpoint is an autoregressive one, it has no ELBO; else remove the entry."
+            )
+
+
+@strict
+class ILLaDAConfig(BidirectionalConfig, LlamaConfig):
+    """
+    iLLaDA (arXiv 2606.25331): Llama with grouped queries. The defaults are those of iLLaDA-8B where they are published.
+
+    The mask token stands neither in the published configuration nor in the tokenizer.
+    """
+
+    model_type = "illada"
+    vocab_size: int = 155136
+    intermediate_size: int = 14336
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = True
+    is_causal: bool = False
+    mask_token_id: int | None = 5
+    bos_token_id: int | None = 0
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        rope = self.rope_parameters or {}
+        if rope.get("rope_type", "default") != "default" and rope.get("factor", 1.0) != 1:
+            raise ValueError(f"`rope_scaling={rope}` is not implemented: iLLaDA's rotary embedding is the plain one.")
+
+
+@strict
+class DreamConfig(BidirectionalConfig, Qwen2Config):
+    """Dream 7B (arXiv 2508.15487), Dream-Coder and DiffuCoder (arXiv 2506.20639): Qwen2, whose logits are shifted."""
+
+    model_type = "Dream"
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    is_causal: bool = False
+    mask_token_id: int | None = 151666
+    bos_token_id: int | None = 151643
+    pad_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151643
+
+
+@strict
+class A2DQwen2Config(BidirectionalConfig, Qwen2Config):
+    """Qwen2, converted to a masked diffusion model. Its tokenizer names the mask token."""
+
+    model_type = "a2d-qwen2"
+    is_causal: bool = False
+    mask_token_id: int | None = None
+
+
+@strict
+class A2DQwen3Config(BidirectionalConfig, Qwen3Config):
+    """Qwen3, converted to a masked diffusion model. Its tokenizer names the mask token."""
+
+    model_type = "a2d-qwen3"
+    is_causal: bool = False
+    mask_token_id: int | None = None
+
+
+@strict
+class A2DLlamaConfig(BidirectionalConfig, LlamaConfig):
+    """Llama, converted to a masked diffusion model. Its tokenizer names the mask token."""
+
+    model_type = "a2d-llama"
+    is_causal: bool = False
+    mask_token_id: int | None = None

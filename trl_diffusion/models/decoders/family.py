@@ -1,0 +1,36 @@
+"""What bidirectional decoders are, beyond their forward."""
+
+from ..family import Family, Head
+
+_QWEN_TURN = ("<|im_end|>",)
+
+DECODERS = [
+    Family(name="iLLaDA", model_types=("illada",), auto_class="AutoModelForCausalLM", unquantized=("lm_head",)),
+    # Its logits predict the next token, as in the Qwen2 that it was made from
+    Family(
+        name="Dream",
+        model_types=("Dream",),
+        auto_class="AutoModelForCausalLM",
+        logit_shift=1,
+        end_of_turn=_QWEN_TURN,
+        unquantized=("lm_head",),
+    ),
+    Family(
+        name="A2D-Qwen",
+        model_types=("a2d-qwen2", "a2d-qwen3"),
+        auto_class="AutoModelForCausalLM",
+        end_of_turn=_QWEN_TURN,
+        unquantized=("lm_head",),
+    ),
+    Family(
+        name="A2D-Llama",
+        model_types=("a2d-llama",),
+        auto_class="AutoModelForCausalLM",
+        end_of_turn=("<|eot_id|>",),
+        unquantized=("lm_head",),
+    ),
+    # Converted by a user: what is to be known of it is its soft cap
+    Family(
+        name="bidirectional Gemma", model_types=("gemma2", "gemma3_text"), head=Head(soft_cap="final_logit_softcapping")
+    ),
+]
