@@ -193,6 +193,91 @@ def test_pairs_of_equal_responses_are_counted(tmp_path, caplog):
     assert len(trainer.train_dataset) == 4
 
 
+def test_several_reasons_are_counted_apart(tmp_path):
+    rows = pairs(prompt=[None, "a", None, "b"], rejected=["x", None, "y", "z"])
+    with pytest.raises(ValueError, match=r"2 of 4 .* \(0, 2\) there is no `prompt` .*1 of 4 .* \(1\) there is no `rej"):
+        test_trainers.make_trainer(tmp_path, dataset=rows)
+
+
+def test_what_evaluate_is_given_is_checked(tmp_path):
+    trainer = test_trainers.make_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"The one dataset has columns \['chosen', 'prompt'\]. It needs"):
+        trainer.evaluate({"one": pairs(rejected=None)})
+    with pytest.raises(TypeError, match="The eval dataset must be a `Dataset` or `IterableDataset`, got `list`"):
+        trainer.evaluate(make_pairs(3).to_list())
+    logged = trainer.evaluate({"one": make_pairs(3), "two": make_pairs(2)})
+    assert {"eval_one_loss", "eval_two_loss"} <= set(logged)
+
+
+# Streams: the first row when the trainer is made, every row when it is read
+
+LATER = {
+    "chosen None": ({"chosen": None}, "In row 1 of the train dataset there is no `chosen`"),
+    "a column less": ({"rejected": ...}, "In row 1 of the train dataset there is no `rejected`"),
+    "messages": ({"chosen": [ASSISTANT]}, "In row 1 .* `chosen` holds messages and other columns or rows hold a text"),
+    "label None": ({"label": None}, "In row 1 .* `label` is not True .*got None"),
+    "label rating": ({"label": 3}, "In row 1 .* `label` is not True .*got 3"),
+    "label sign": ({"label": -1}, "In row 1 .* `label` is not True .*got -1"),
+    "label number": ({"label": 1.0}, "In row 1 .* `label` is not True .*got 1.0"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_later_rows_of_a_stream(tmp_path, name):
+    change, message = LATER[name]
+    kto = "label" in change
+    good = (make_feedback if kto else make_pairs)(1)[0]
+    bad = {key: value for key, value in {**good, **change}.items() if value is not ...}
+    stream = IterableDataset.from_generator(lambda: iter([good, bad, good]))
+    make_trainer = (test_kto if kto else test_trainers).make_trainer
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, dataset=stream, max_steps=2, per_device_train_batch_size=2).train()
+
+
+# Formats
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+def test_the_format_of_a_dataset_changes_nothing(tmp_path, form):
+    """Its columns stay the ones that were chosen with it."""
+    plain = test_trainers.make_trainer(tmp_path).train_dataset.to_list()
+    hidden = make_pairs(6).add_column("ref_chosen_logps", [0.0] * 6)
+    given = hidden.with_format(form, columns=["prompt", "chosen", "rejected"])
+    assert test_trainers.make_trainer(tmp_path, dataset=given).train_dataset.to_list() == plain
+    labelled = test_kto.make_trainer(tmp_path, dataset=make_feedback(4).with_format(form)).train_dataset
+    assert labelled.to_list() == test_kto.make_trainer(tmp_path, dataset=make_feedback(4)).train_dataset.to_list()
+
+
+def test_rows_that_are_transformed_when_they_are_read(tmp_path):
+    given = make_pairs(6).with_transform(lambda rows: {**rows, "prompt": ["say "] * len(rows["prompt"])})
+    with pytest.raises(ValueError, match="train dataset transforms rows when they are read .*dataset.map"):
+        test_trainers.make_trainer(tmp_path, dataset=given)
+
+
+def test_rows_are_looked_at_once_before_and_once_after_they_are_tokenised(tmp_path, monkeypatch):
+    """Conversations are written once more, to see what the template leaves out. TRL has 2 maps of texts, 1 of these."""
+    maps, of_dataset = [], Dataset.map
+
+    def counted(self, *args, **kwargs):
+        maps.append(kwargs.get("desc"))
+        return of_dataset(self, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", counted)
+    test_trainers.make_trainer(tmp_path)
+    assert len(maps) == 2 + 2, maps
+    maps.clear()
+    test_trainers.make_trainer(tmp_path, dataset=conversation())
+    assert len(maps) == 3 + 1, maps
+
+
+def test_several_processes_find_what_one_does(tmp_path):
+    rows = pairs(chosen=["one", "", "two", "<|mdm_mask|>"])
+    one, two = (test_trainers.make_trainer(tmp_path, dataset=rows, dataset_num_proc=n).train_dataset for n in (None, 2))
+    assert one.to_list() == two.to_list() and len(one) == 2
+    with pytest.raises(ValueError, match=r"2 of 4 rows .* \(1, 3\) there is no `prompt`"):
+        test_trainers.make_trainer(tmp_path, dataset=pairs(prompt=["a", None, "b", None]), dataset_num_proc=2)
+
+
 # Templates
 
 TEMPLATES = {
@@ -340,9 +425,7 @@ def test_a_step_that_cannot_be_saved(tmp_path, monkeypatch):
 
     trainer = test_trainers.make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    with pytest.raises(
-        OSError, match="checkpoint of step 1 could not be written.*No space left.*resume_from_checkpoint=True"
-    ):
+    with pytest.raises(OSError, match="checkpoint-1 could not be written.*No space left.*resume_from_checkpoint=True"):
         trainer.train()
 
 

@@ -42,7 +42,7 @@ from ..scoring.adapters import (
     keep_differentiable,
     reference_copy,
 )
-from ..scoring.door import check_asked_for, is_conversational, seam, seam_function
+from ..scoring.door import check_asked_for, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
 from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
 from .coupling import CouplingWatch
@@ -209,12 +209,11 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
             )
         mask_token_id = resolve_mask_token_id(self._model_config, tokenizer)
         where = {"name": dataset_name, "num_proc": args.dataset_num_proc}
-        conversational = is_conversational(next(iter(dataset)))
-        dataset = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
+        dataset, form = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
         dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), dataset_name)
         rules = TokenRules(
             tokenizer,
-            conversational,
+            form.conversational,
             mask_token_id=mask_token_id,
             vocab_size=self._model_config.vocab_size,
             end_of_turn=family.end_of_turn,

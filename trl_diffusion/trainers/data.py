@@ -21,9 +21,9 @@ def readable(
     mask_token_id: int,
     name: str,
     num_proc: int | None = None,
-) -> Any:
+) -> tuple[Any, RowForm]:
     """
-    The dataset as TRL is to read it: plain texts and messages of text, with a prompt.
+    The dataset as TRL is to read it, plain texts or messages of text with a prompt, and the form that it had.
 
     Args:
         dataset: rows as the user gave them.
@@ -47,14 +47,14 @@ def readable(
     judges = [Writing.of(tokenizer, form, mask_token_id)] if form.conversational else []
     if isinstance(dataset, IterableDataset):
         options = {"form": form, "judges": [form.judge, *judges], "name": name}
-        return dataset.map(_read_of_stream, with_indices=True, fn_kwargs=options)
+        return dataset.map(_read_of_stream, with_indices=True, fn_kwargs=options), form
     for judge in judges:
         judge_rows(dataset, judge, name, num_proc)
     if "chosen" in form.columns and any("label" in columns for columns in forms):  # TRL will make two rows of one
         dataset = dataset.add_column(NUMBER, list(range(len(dataset))))
     if not form.prompted or (form.conversational and not _texts_only(dataset.features, form)):
         dataset = dataset.map(form.read, num_proc=num_proc, desc=f"Reading {name} dataset")
-    return dataset
+    return dataset, form
 
 
 def _read_of_stream(row: dict[str, Any], number: int, form: RowForm, judges: list[Judge], name: str) -> dict[str, Any]:
