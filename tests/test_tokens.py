@@ -179,3 +179,11 @@ def test_more_rows_than_fit_a_message_are_counted(tmp_path, caplog):
         make_trainer(tmp_path, dataset=Dataset.from_list(rows))
     assert any("14 because a prompt has no token" in r.getMessage() for r in caplog.records)
     assert any("(row 3, 4, 5, 6, 7, ...)." in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("chosen, rejected", [("say hi you one", "say hi you one two"), ("say hi one", "say hi two")])
+def test_prompt_and_response_of_an_implicit_prompt_spell_the_text(tmp_path, chosen, rejected):
+    prompt, *responses = trained_on(tmp_path, [{"chosen": chosen, "rejected": rejected}] * 2, make_tokenizer())
+    decode = make_tokenizer().decode
+    assert [decode(prompt + ids) for ids in responses] == [f"{text} {EOS}" for text in (chosen, rejected)]
+    assert decode(prompt) in ("say hi you", "say hi")

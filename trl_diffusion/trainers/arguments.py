@@ -122,8 +122,8 @@ class ELBOArguments:
         default=True,
         metadata={
             "help": "Whether the end-of-text token is appended to conversational completions, after the end of turn "
-            "that the chat template writes. It is then part of the response that is scored. Completions of standard "
-            "(non-conversational) datasets always end in it."
+            "that the chat template writes, unless that is the end of text already. It is then part of the response "
+            "that is scored. Completions of standard (non-conversational) datasets always end in it."
         },
     )
 
