@@ -1,5 +1,6 @@
 """Tiny models and tokenizers, made in memory from a seed: nothing is downloaded, every test runs on a laptop."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -97,6 +98,12 @@ def model():
 @pytest.fixture
 def pairs():
     return make_pairs()
+
+
+def pytest_collection_finish():
+    """Every run of a trainer collects garbage, and would look through all that was imported each time: 0.4 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

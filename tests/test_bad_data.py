@@ -437,12 +437,6 @@ def test_streams_need_a_length(tmp_path):
         test_trainers.make_trainer(tmp_path, dataset=make_pairs(3).to_iterable_dataset(), **options)
 
 
-def test_stored_references_of_several_processes_need_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(DiffusionVRPOConfig, "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match="train dataset is in memory.*one of the 2 processes.*save_to_disk"):
-        test_trainers.make_trainer(tmp_path, precompute_ref_log_probs=True)
-
-
 def test_the_configuration_of_the_other_trainer(tmp_path):
     args = ELBOKTOConfig(str(tmp_path), bf16=False, use_cpu=True)
     with pytest.raises(TypeError, match="`args` must be a `DiffusionVRPOConfig`, got `ELBOKTOConfig`"):

@@ -334,17 +334,6 @@ def test_a_model_with_the_reference_of_another_trainer(tmp_path):
     make_trainer(tmp_path, wrapped)
 
 
-def test_an_active_adapter_of_another_name(tmp_path):
-    config = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match=r"active adapters are \['sft'\].*adapter_name='default'"):
-        make_trainer(tmp_path, get_peft_model(make_model(), config, adapter_name="sft"))
-    wrapped = get_peft_model(make_model(), config)
-    wrapped.add_adapter("other", config)
-    wrapped.set_adapter("other")
-    with pytest.raises(ValueError, match=r"active adapters are \['other'\]"):
-        make_trainer(tmp_path, wrapped)
-
-
 def test_an_adapter_that_was_loaded_for_inference(tmp_path):
     """And the cure that the error names."""
     get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
@@ -383,6 +372,5 @@ def test_logits_that_are_not_finite(tmp_path):
     model = make_model()
     with torch.no_grad():
         model.model.transformer["ff_out"].weight[9] = torch.nan
-    trainer = make_trainer(tmp_path, model, max_steps=1)
     with pytest.raises(ValueError, match=r"log-probability of a masked token is nan \(row .*position .*draw "):
-        trainer.train()
+        make_trainer(tmp_path, model)

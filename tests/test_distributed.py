@@ -18,7 +18,7 @@ import torch
 import vrpo_lora
 from accelerate.utils import gather_object
 from conftest import make_model, make_pairs, make_tokenizer
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from peft import LoraConfig
 from processes import run_forked
 from safetensors.torch import load_file
@@ -69,6 +69,8 @@ def make_cell(name, folder, processes=1, **options):
     make, adapter, own = CELLS[name]
     rows = "left over" if name == "rows left over" else "kto" if make is test_kto.make_trainer else "vrpo"
     rows = load_from_disk(str(folder / rows))
+    if "precompute_ref_log_probs" in own and make is test_trainers.make_trainer:  # on disk, or in memory
+        rows = Dataset.from_list(list(rows))
     options = {**COMMON, "per_device_train_batch_size": 4 // processes, **own, **options}
     return make(folder / "out", dataset=rows, peft_config=adapter and adapter(), **options)
 

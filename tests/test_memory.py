@@ -21,8 +21,8 @@ from trl_diffusion import LLaDAConfig, estimate_memory
 from trl_diffusion.planning import fit
 from trl_diffusion.planning.fit import device_memory, estimate_run, warn_of_memory
 from trl_diffusion.planning.memory import RESERVED, largest_chunk, without_memory
-from trl_diffusion.scoring.adapters import keep_differentiable
 from trl_diffusion.scoring.head import ELBOHead
+from trl_diffusion.scoring.precision import keep_differentiable
 from trl_diffusion.scoring.responses import draws_per_chunk
 
 LLADA_8B = LLaDAConfig(mlp_hidden_size=12288)

@@ -1,19 +1,25 @@
 """A reference that is scored before training: on which draws, for how long, and what is stored of it."""
 
 import logging
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_pairs
 from datasets import load_from_disk
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from test_kto import make_feedback
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import batch_of, make_trainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_diffusion import DiffusionVRPOConfig
+from trl_diffusion.models import families
+from trl_diffusion.models.family import Family
 from trl_diffusion.trainers import reference
+from trl_diffusion.trainers import stored as storing
 
 RUN = {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 # (trainer, rows, options): each kind of batch that carries reference values
@@ -230,37 +236,74 @@ def test_another_model_does_not_find_them(tmp_path, monkeypatch):
         assert torch.equal(again[name], values) and not torch.equal(other[name], values)
 
 
-@pytest.mark.parametrize("damage", ["cut", "not a number"])
+@pytest.mark.parametrize("damage", ["cut", "another number", "not a number", "another format", "another key"])
 @pytest.mark.parametrize("make, rows, options", [KINDS[0], KINDS[2]])
 def test_damaged_values_are_computed_again(tmp_path, monkeypatch, caplog, make, rows, options, damage):
     dataset = on_disk(rows(6), tmp_path / "rows")
-    before = set((tmp_path / "rows").iterdir())
     trainer = make(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
-    (file,) = [f for f in set((tmp_path / "rows").iterdir()) - before if holds_reference_values(f)]
+    (file,) = (tmp_path / "rows").glob("reference-values-*")
+    content = file.read_bytes()
     if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-200])
+        file.write_bytes(content[:-2])
+    elif damage in ("another format", "another key"):
+        tensors, about = load_file(file), safe_open(file, "numpy").metadata()
+        save_file(tensors, file, metadata=about | ({"format": "0"} if damage == "another format" else {"key": "other"}))
     else:
-        values = torch.tensor(next(iter(stored(trainer).values()))[0].item()).numpy().tobytes()
-        content = file.read_bytes()
-        assert content.count(values) == 1
-        file.write_bytes(content.replace(values, torch.tensor(torch.nan).numpy().tobytes()))
+        (first,) = next(iter(stored(trainer).values()))[:1].numpy()
+        assert content.count(first.tobytes()) == 1
+        other = np.float32(np.nan) if damage == "not a number" else first + 1
+        file.write_bytes(content.replace(first.tobytes(), other.tobytes()))
     scored = count_scored(monkeypatch)
     with caplog.at_level(logging.WARNING, logger="trl_diffusion"):
         again = make(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
     assert scored and "train dataset are damaged and computed again" in caplog.text
     for name, values in stored(trainer).items():
         assert torch.equal(stored(again)[name], values)
-    assert reference._is_whole(str(file), 6)
+    rescored = len(scored)
+    make(tmp_path, dataset=dataset, precompute_ref_log_probs=True, **options)
+    assert len(scored) == rescored  # whole again
 
 
-def holds_reference_values(file: Path) -> bool:
-    return file.name.startswith("cache-") and any(n in file.read_bytes() for n in (b"ref_chosen_logps", b"ref_logps"))
+def test_a_folder_that_cannot_be_written_to_costs_a_warning(tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storing, "save_file", full)
+    with caplog.at_level(logging.WARNING, logger="trl_diffusion"):
+        trainer = make_trainer(
+            tmp_path, dataset=on_disk(make_pairs(), tmp_path / "rows"), precompute_ref_log_probs=True
+        )
+    assert "No space left on device" in caplog.text and "computed again by the next run" in caplog.text
+    in_memory = make_trainer(tmp_path, precompute_ref_log_probs=True)
+    for name, values in stored(trainer).items():
+        assert torch.equal(stored(in_memory)[name], values)
+
+
+def test_a_corrected_family_does_not_find_them(tmp_path, monkeypatch):
+    """Equal weights, rows and draws; what changed is where the logits of a token stand."""
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    config.mask_token_id, config.is_causal = 2, False
+    torch.manual_seed(0)
+    weights = LlamaForCausalLM(config).state_dict()
+
+    def score(shift, dataset):
+        monkeypatch.setattr(families, "FAMILIES", [Family(model_types=("llama",), logit_shift=shift)])
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(weights)
+        return stored(make_trainer(tmp_path, model, dataset=dataset, precompute_ref_log_probs=True))
+
+    dataset = on_disk(make_pairs(), tmp_path / "rows")
+    wrong, right, expected = score(0, dataset), score(1, dataset), score(1, make_pairs())
+    for name, values in expected.items():
+        assert torch.equal(right[name], values) and not torch.equal(wrong[name], values)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_reference_draw_sets": 0}, "`num_reference_draw_sets` must be at least 1, got 0"),
+        ({"num_reference_draw_sets": 0}, "`num_reference_draw_sets` must be an integer of at least 1, got 0"),
         ({"num_reference_draw_sets": 2}, "`num_reference_draw_sets=2` is for `precompute_ref_log_probs=True`"),
         (
             {"num_reference_draw_sets": 4, "precompute_ref_log_probs": True, "num_train_epochs": 3},

@@ -21,12 +21,6 @@ def check_datasets(args: Any, train_dataset: Any, eval_dataset: Any, forms: RowF
         )
     for name, dataset in [("train", train_dataset), *_named(eval_dataset)]:
         check_dataset(dataset, name, forms, refused, args.dataset_num_proc)
-        if args.precompute_ref_log_probs and args.world_size > 1 and not getattr(dataset, "cache_files", [None]):
-            raise ValueError(
-                f"The {name} dataset is in memory, and `precompute_ref_log_probs=True` hands its values from one of "
-                f"the {args.world_size} processes to the others in a file beside the data. Put it on disk: "
-                "`dataset.save_to_disk(folder)`, and give `datasets.load_from_disk(folder)`."
-            )
 
 
 def check_eval_dataset(dataset: Any, forms: RowForms, refused: tuple[str, ...], num_proc: int | None = None) -> None:

@@ -9,7 +9,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.denoiser import resolve_mask_token_id
 
@@ -59,23 +59,6 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
             "`processing_class` is required with a model that was made in memory, whose tokenizer cannot be found: "
             "pass the tokenizer that its token ids come from."
         )
-
-
-def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """
-    The configuration of a model that was given by its path.
-
-    Raises:
-        OSError: there is none, or it cannot be had without a network.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"`model={path!r}` could not be loaded: {str(error).splitlines()[0]} Give a folder that `save_pretrained` "
-            "wrote, or the name of a repository on the hub; without a network it has to be in the cache, where "
-            f"`hf download {path}` puts it."
-        ) from error
 
 
 def check_same_vocabulary(config: Any, other: Any, tokenizer: PreTrainedTokenizerBase) -> None:

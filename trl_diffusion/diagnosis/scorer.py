@@ -19,10 +19,11 @@ from ..checks.inputs import check_arguments, check_models, check_same_vocabulary
 from ..checks.numbers import naming_the_example
 from ..estimators.draws import MaskDraws, MaskSampler
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
-from ..models.families import family_of
-from ..scoring.adapters import adapter_scaling, refuse_changed_base
+from ..scoring.adapters import refuse_changed_base
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead
+from ..scoring.key import scoring_key
+from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from ..trainers.vrpo.trainer import DiffusionVRPOTrainer
 
@@ -33,16 +34,10 @@ class _Desk(DiffusionVRPOTrainer):
     def __init__(self, args: DiffusionVRPOConfig):
         self.args = args
 
-    def load(self, path: str, quantization_config: Any) -> Any:
-        options = {"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})}
-        if quantization_config is not None:
-            options["quantization_config"] = quantization_config
-        return self._load_model(path, **options)
-
     def tokens(self, dataset: Any, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
         self._tokenizer = tokenizer
-        self._accept(model, tokenizer)
+        check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
         return self._prepare_dataset(dataset, tokenizer, self.args, "train")
 
 
@@ -70,10 +65,7 @@ class Scorer:
     def key(self) -> str:
         """Names the two functions: equal keys give equal log-probabilities of equal rows and draws."""
         models = [model for model in (self.policy, self.reference) if model is not None]
-        parts = [
-            (hash_module(m), m.config.to_json_string(), adapter_scaling(m), family_of(m.config).key()) for m in models
-        ]
-        return repr((parts, self.mask_token_id, self.args.mixed_precision))
+        return repr([(hash_module(m), scoring_key(m, self.mask_token_id, self.args.mixed_precision)) for m in models])
 
     def score(
         self, sampler: MaskSampler, inputs: dict[str, torch.Tensor], nonce: int
@@ -140,7 +132,12 @@ def prepare(
     check_datasets(args, dataset, None, desk._row_forms, desk._reference_columns)
     _check_adapters(model, ref_model, peft_config)
     if isinstance(model, str):
-        model = desk.load(model, quantization_config)
+        options = loading_options(args)
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        source = find_model(model, options)
+        tokenizer = tokenizer or load_tokenizer(source, options)
+        model = load_model(source, options)
     elif quantization_config is not None:
         raise ValueError("`quantization_config` is for a model that is given by its path: this one is loaded already.")
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(

@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 
 from ..estimators.draws import DRAW_VERSION
 from ..models.denoiser import resolve_mask_token_id
-from ..scoring.adapters import adapter_scaling
+from ..scoring.key import adapter_scaling
 
 logger = get_logger(__name__)
 

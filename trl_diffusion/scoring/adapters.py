@@ -1,14 +1,13 @@
-"""LoRA on a masked diffusion model: target modules that fit it, and adapter weights that keep their precision."""
+"""LoRA on a masked diffusion model: target modules that fit it, and adapters that leave a reference behind."""
 
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
 from ..models.families import family_of
@@ -25,8 +24,6 @@ def fitting_get_peft_model(get_peft_model: Callable[..., PeftModel]) -> Callable
 
 # Initialisations that change the base model's weights
 _CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# What scales an adapter beside its weights
-_SCALING = ("r", "lora_alpha", "alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 def check_reference_of_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
@@ -63,29 +60,37 @@ def refuse_changed_base(peft_config: Any, cure: str) -> None:
 
 
 def _check_adapters(model: PeftModel) -> None:
-    """TRL trains what is active, and copies "default"."""
+    """One adapter is trained, and TRL makes its copy under the name "ref" from what it calls "default"."""
     if "ref" in model.peft_config:
         raise ValueError(
             "The model has an adapter 'ref', the name of the copy that is made here for the reference; a trainer that "
             "was made from it before leaves one. Remove it with `model.delete_adapter('ref')`, or pass a `ref_model`."
         )
-    if list(model.active_adapters) != ["default"]:
+    active = list(model.active_adapters)
+    if len(active) > 1:
         raise ValueError(
-            f"The active adapters are {list(model.active_adapters)}, and the reference would be a copy of 'default'. "
-            "Load the one to train with `adapter_name='default'` (which is what PEFT does without a name), or pass a "
-            "`ref_model`."
+            f"The active adapters are {active}, and one is trained. Choose it with `model.set_adapter({active[0]!r})`, "
+            "or pass a `ref_model`."
+        )
+    if "default" in model.peft_config and active != ["default"]:
+        raise ValueError(
+            f"The active adapter is {active[0]!r}, and there is one named 'default', of which the reference would be a "
+            f"copy. Remove that with `model.delete_adapter('default')`, train it with `model.set_adapter('default')`, "
+            "or pass a `ref_model`."
         )
 
 
-def adapter_scaling(model: Any) -> dict[str, dict[str, Any]]:
-    """By name of the adapter, the settings that its weights are scaled by; empty without one."""
-    configs = getattr(model, "peft_config", {})
-    return {name: {key: getattr(c, key) for key in _SCALING if hasattr(c, key)} for name, c in configs.items()}
+def _takes_linear_layers(peft_config: PeftConfig) -> bool:
+    """Whether a kind of adapter is made for linear layers, as the targets that PEFT has for Llama tell."""
+    table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type), "target_module_mapping", {})
+    targets = table.get("llama") or ()
+    return bool(targets) and all(name.endswith("_proj") for name in targets)
 
 
 def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
     """
-    The adapter's configuration with `target_modules` filled in from the family if there are none.
+    The adapter's configuration with `target_modules` filled in from the family if there are none and it needs linear
+    layers; PEFT asks for those of another kind.
 
     Warns of every requested name that matches no layer, or only some of the blocks.
 
@@ -99,7 +104,8 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
         )
     if not hasattr(peft_config, "target_modules"):
         return peft_config
-    if peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None):
+    unset = peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None)
+    if unset and _takes_linear_layers(peft_config):
         peft_config = copy.copy(peft_config)
         peft_config.target_modules = family_of(model.config).lora_target_modules
     targets = peft_config.target_modules
@@ -134,9 +140,10 @@ def _matches(names: list[str], targets: Any) -> dict[str, list[str]]:
 
 def _warn_of_partial_matches(matched: dict[str, list[str]], num_blocks: int) -> None:
     for target, found in matched.items():
+        in_blocks = [name for name in found if re.search(r"\.\d+\.", name)]  # others are there once, like the embedding
         if not found:
             problem = "matches no layer of this model"
-        elif len(found) < num_blocks:
+        elif in_blocks and len(found) < num_blocks:
             problem = f"matches {len(found)} of {num_blocks} blocks only"
         else:
             continue
@@ -146,55 +153,6 @@ def _warn_of_partial_matches(matched: dict[str, list[str]], num_blocks: int) -> 
             UserWarning,
             stacklevel=2,
         )
-
-
-@contextmanager
-def adapter_precision(model: Any, dtype: str) -> Iterator[None]:
-    """
-    Undo TRL's rounding of a quantised model's adapters to bfloat16 inside the block, for adapters that came with it.
-
-    Its "ref" adapter is copied before the rounding: without this the policy would differ from its reference at once.
-    """
-    trained = {}
-    if isinstance(model, PeftModel) and dtype == "float32":
-        trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    if trained:
-        for name, parameter in model.named_parameters():
-            if name in trained and parameter.dtype != trained[name].dtype:
-                parameter.data = trained[name].to(parameter.device)
-
-
-def cast_adapters(model: torch.nn.Module, dtype: str) -> None:
-    """Cast the trainable weights of a quantised model to `dtype`. Others are left alone."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not (getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)):
-        return
-    for name, parameter in model.named_parameters():
-        # As TRL does: the magnitudes of DoRA move in steps that bfloat16 cannot hold
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-
-
-def keep_differentiable(model: torch.nn.Module) -> None:
-    """
-    Stop bitsandbytes from repacking 4-bit weights on the CPU for inference.
-
-    It does so at the first evaluation or precomputed score, for good, and the kernel for the packed format has no
-    backward: training would go on with gradients that end at the last 4-bit layer, without an error.
-
-    Raises:
-        ValueError: that has already happened to this model.
-    """
-    for name, module in model.named_modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False
-        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
-                f"The 4-bit weight of `{name}` was repacked for inference on the CPU, which has no gradient: the model "
-                "was run in evaluation mode before training. Load it again and give it to the trainer first."
-            )
 
 
 def reference_copy(model: Any, args: Any, peft_config: Any) -> Any:

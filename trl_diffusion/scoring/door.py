@@ -40,6 +40,7 @@ _check_trl()  # before anything is looked for in it
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ModelConfig, get_dataset
 from trl.data_utils import is_conversational
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, hash_module, maybe_gather_lm_head_ctx
 
 # Names that a TRL trainer module looks up in its constructor, in this order
@@ -59,6 +60,7 @@ __all__ = [
     "hash_module",
     "is_conversational",
     "maybe_gather_lm_head_ctx",
+    "prepare_deepspeed",
     "seam",
     "seam_function",
 ]

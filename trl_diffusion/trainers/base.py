@@ -6,7 +6,8 @@ reach it (`_prepare_dataset`), which draws the policy and the reference meet (`r
 adapters, checkpoints and the loop are TRL's own.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +22,6 @@ from ..checks.inputs import (
     check_models,
     check_same_vocabulary,
     check_tokenizer,
-    load_config,
     require_trainable,
 )
 from ..checks.numbers import FiniteGradients, naming_the_example
@@ -29,29 +29,26 @@ from ..checks.rows import RowForms
 from ..estimators.draws import MaskDraws
 from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
-from ..models.families import class_to_load, family_of, refuse_unscored, spare_in_quantization
+from ..models.families import family_of
 from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
 from ..resuming.run import checkpoint_to_resume, finish_checkpoint, saving_a_checkpoint
-from ..scoring.adapters import (
-    adapter_precision,
-    cast_adapters,
-    check_reference_of_adapters,
-    fitting_get_peft_model,
-    keep_differentiable,
-    reference_copy,
-)
+from ..scoring.adapters import check_reference_of_adapters, fitting_get_peft_model, reference_copy
 from ..scoring.door import check_asked_for, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
 from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
+from ..scoring.precision import cast_adapters, keep_differentiable
+from ..scoring.ready_adapter import ReadyAdapter, take_over
 from .coupling import CouplingWatch
 from .data import readable, without_length_filter
+from .loading import find_model, load_model, load_tokenizer, loading_options
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
 from .processes import ProcessesMixin
 from .reference import ReferenceMixin
 from .running import RunningKappaCallback
+from .start import check_before_training
 from .tokens import TokenRules, scorable
 from .trial import refuse_router_loss, try_shift
 
@@ -99,8 +96,8 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         check_models(model, ref_model, processing_class)
         check_reference_of_adapters(model, ref_model, peft_config)
         check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
-        ref_model = self._before_trl(model, ref_model, args, processing_class, peft_config)
-        with self._inside_trl(), adapter_precision(model, args.adapter_dtype):
+        ref_model, processing_class = self._before_trl(model, ref_model, args, processing_class, peft_config)
+        with self._inside_trl():
             super().__init__(
                 *(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class),
                 callbacks=callbacks,
@@ -116,25 +113,36 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
 
     # Construction: before, inside and after TRL's constructor
 
-    def _before_trl(self, model: Any, ref_model: Any, args: Any, tokenizer: Any, peft_config: Any) -> Any:
-        """What TRL's constructor will meet: draws, diagnostics, and the reference of a model in memory."""
+    def _before_trl(self, model: Any, ref_model: Any, args: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
+        """What TRL's constructor will meet: draws, diagnostics, the reference of a model in memory, a tokenizer."""
         self._sampler = args.mask_sampler()
         self._diagnostics = ScoreDiagnostics(args.beta)
         self._coupling = CouplingWatch(args.couple_pairs)
         self._headed: list[torch.nn.Module] = []
+        self._adapter_dtype = args.adapter_dtype
+        self._ready_adapter: ReadyAdapter | None = None
+        self._reference_is_given = ref_model is not None
         if isinstance(model, str):  # checked when it is loaded
-            return ref_model
+            options = loading_options(args)
+            return ref_model, tokenizer or load_tokenizer(find_model(model, options), options)
         check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
-        return ref_model if ref_model is not None else reference_copy(model, args, peft_config)
+        self._ready_adapter = take_over(model, args.adapter_dtype)
+        return (ref_model if ref_model is not None else reference_copy(model, args, peft_config)), tokenizer
 
-    def _inside_trl(self) -> AbstractContextManager[None]:
-        """Three steps of TRL's constructor are ours: the model from its path, its adapter, its head."""
-        return seam(
-            self._trl_module,
-            create_model_from_path=self._load_model,
-            get_peft_model=fitting_get_peft_model(seam_function(self._trl_module, "get_peft_model")),
-            add_fused_lm_head=self._add_head,
-        )
+    @contextmanager
+    def _inside_trl(self) -> Iterator[None]:
+        """Steps of TRL's constructor that are ours: the model from its path, its adapter and a copy of it, its head."""
+        replacements: dict[str, Any] = {
+            "create_model_from_path": self._load_model,
+            "get_peft_model": fitting_get_peft_model(seam_function(self._trl_module, "get_peft_model")),
+            "add_fused_lm_head": self._add_head,
+        }
+        try:
+            with seam(self._trl_module, **replacements):
+                yield
+        finally:
+            if self._ready_adapter:
+                self._ready_adapter.release()
 
     def _after_trl(self) -> None:
         """A trainer that is complete: checked, and with the callbacks that watch its run."""
@@ -146,20 +154,16 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         try_shift(self)
         if self.args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
+        check_before_training(self)
         self._record = make_record(self)
         self.add_callback(FiniteGradients())
 
     # Called by TRL's constructor
 
     def _load_model(self, path: str, **kwargs: Any) -> Any:
-        config = load_config(path, kwargs.get("trust_remote_code", False))
-        refuse_unscored(config)
-        if kwargs.get("quantization_config") is not None:
-            kwargs.setdefault("dtype", "bfloat16")  # TRL's float32 would hold embeddings and head in four bytes
-            kwargs["quantization_config"] = spare_in_quantization(kwargs["quantization_config"], config)
-        kwargs["architecture"] = class_to_load(config)
-        model = seam_function("trl.trainer.utils", "create_model_from_path")(path, **kwargs)
+        model = load_model(find_model(path, kwargs), kwargs)
         self._go_by(model)  # tried when it gets its head: its tokenizer, which may name the mask, is not there yet
+        self._ready_adapter = take_over(model, self._adapter_dtype)
         return model
 
     def _go_by(self, model: Any) -> Any:
@@ -171,6 +175,7 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
 
     def _add_head(self, model: Any, **_: Any) -> None:
         """The head of the policy or of its reference, which may have come from elsewhere."""
+        model = model.get_base_model() if is_peft_model(model) else model  # a `ref_model` with an adapter
         mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
         check_same_vocabulary(self._model_config, model.config, self._tokenizer)
         check_denoiser(model, mask_token_id)
@@ -243,11 +248,6 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
             self._coupling.look(inputs)
         with naming_the_example(inputs, self._tokenizer):
             return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]."""
-        with naming_the_example(inputs, self._tokenizer):
-            return super().compute_ref_log_probs(model, inputs)
 
     def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
         """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""

@@ -2,41 +2,37 @@
 The reference of a trainer: on which draws it is scored, at each step or once before training.
 
 Scored once (`precompute_ref_log_probs`), its values are valid for the draws they were computed on, so the policy has to
-meet these draws again: those of a set, one set per epoch, in turn. TRL's own loop computes and stores the values; here
-it is given a part of the rows at a time, so that a run that was interrupted goes on with the part it was at.
+meet these draws again: those of a set, one set per epoch, in turn. The rows are scored a part at a time, and each part
+is stored, so that a run that was interrupted goes on with the part it was at.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
-from accelerate.logging import get_logger
+import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
-from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
 
+from ..checks.numbers import naming_the_example
 from ..models.denoiser import resolve_mask_token_id
-from ..scoring.adapters import adapter_scaling
+from ..resuming.record import hash_of_rows
+from ..scoring.door import prepare_deepspeed
 from ..scoring.head import FIXED_NONCE, on_draws
+from ..scoring.key import scoring_key
 from ..scoring.sharding import gradients_stay_wanted
+from .stored import Values, place_for, read, write
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     from ..scoring.door import DPOTrainer as _TRLTrainer
 else:
     _TRLTrainer = object
 
-logger = get_logger(__name__)
-
 # Added to the step for the policy's own draws when draws are not shared with the reference
 _UNSHARED = 1 << 40
-# Parts of a model's configuration that change nothing of what it computes
-_NOT_OF_THE_FUNCTION = (
-    *("_name_or_path", "transformers_version", "use_cache", "architectures"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-)
 # Rows whose values are stored together: what an interruption can cost
 _ROWS_PER_PART = 256
 
@@ -57,7 +53,8 @@ class ReferenceMixin(_TRLTrainer):
     _sampler: Any
     _model_config: Any
     _tokenizer: Any
-    _draw_set: int | None = None  # the one whose values are being stored
+    _completion_columns: ClassVar[tuple[str, ...]]
+    _reference_engine: Any = None  # DeepSpeed's, while reference values are computed before training
 
     # In a step
 
@@ -112,53 +109,73 @@ class ReferenceMixin(_TRLTrainer):
             columns = {column: values[:, 0] for column, values in columns.items()}
         return concatenate_datasets([dataset, Dataset.from_dict(columns)], axis=1)
 
-    def _score_set(self, dataset: Dataset, label: str, batch_size: int, draw_set: int) -> dict[str, np.ndarray]:
-        """Reference values of all rows on one set of draws, by column, in parts that TRL stores."""
-        # TRL keys what it stores by the rows and the model's weights
-        trl_hash = self._precompute_model_hash
-        settings = self._scoring_settings(self.ref_model or self.model)
-        key = Hasher.hash((trl_hash, settings, self._sampler.key, self.args.max_length, draw_set))
-        self._precompute_model_hash, self._draw_set = key, draw_set
+    def _score_set(self, dataset: Dataset, label: str, batch_size: int, draw_set: int) -> Values:
+        """Reference values of all rows on one set of draws, by column; in parts that are stored."""
         parts = []
-        try:
-            for start in range(0, len(dataset), _ROWS_PER_PART):
-                rows = range(start, min(start + _ROWS_PER_PART, len(dataset)))
-                place = "" if len(rows) == len(dataset) else f" (rows {start} to {rows[-1]} of {len(dataset)})"
-                part = dataset.select(rows)
-                self._remove_unreadable(part, label + place)
-                scored = super()._precompute_ref_logps(part, label + place, batch_size)
-                columns = [column for column in self._reference_columns if column in scored.column_names]
-                parts.append(scored.select_columns(columns).with_format("numpy")[:])
-        finally:
-            self._precompute_model_hash, self._draw_set = trl_hash, None
+        starts = range(0, len(dataset), _ROWS_PER_PART)
+        for start in tqdm(starts, f"Scoring the reference on the {label} dataset", disable=self._is_silent):
+            rows = range(start, min(start + _ROWS_PER_PART, len(dataset)))
+            place = "" if len(rows) == len(dataset) else f" (rows {start} to {rows[-1]} of {len(dataset)})"
+            part = dataset.select(rows)
+            path, key = None, ""
+            found: list[Values | None] = [None]
+            if self.accelerator.is_main_process:  # what the others find may be another file
+                key = self._key_of(part, draw_set)
+                path = place_for(part, key) if key else None
+                found = [read(path, key, len(part), label + place)]
+            values = broadcast_object_list(found)[0]
+            if values is None:
+                values = self._score_part(part, batch_size, draw_set)
+                if self.accelerator.is_main_process:
+                    write(path, key, values, label + place)
+            parts.append(values)
         return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
 
-    def _scoring_settings(self, model: Any) -> str:
-        """What the scores of a model depend on besides its weights, rows and draws."""
-        model = self.accelerator.unwrap_model(model)
-        settings = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_OF_THE_FUNCTION}
-        mask = resolve_mask_token_id(self._model_config, self._tokenizer)
-        parts = (settings, adapter_scaling(model), mask, self.accelerator.mixed_precision)
-        return json.dumps(parts, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    def _score_part(self, part: Dataset, batch_size: int, draw_set: int) -> Values:
+        """Reference values of some rows, by column. Every process scores each N-th row, and has all values."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        # As many for each, since sharded weights are gathered by all processes together
+        mine = [row % len(part) for row in range(rank, -(-len(part) // processes) * processes, processes)]
+        model = on_draws(self._reference_for_scoring(), FIXED_NONCE + draw_set)
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        scored = []
+        for rows in batches:
+            inputs = self._prepare_inputs(self.data_collator([part[row] for row in rows]))
+            scored.append([values for values in self.compute_ref_log_probs(model, inputs) if values is not None])
+        columns = [torch.cat(column) for column in zip(*scored, strict=True)]
+        whole = [self.accelerator.gather(column).view(processes, -1).T.flatten()[: len(part)] for column in columns]
+        return {name: values.cpu().numpy() for name, values in zip(self._reference_columns, whole, strict=False)}
+
+    def _reference_for_scoring(self) -> Any:
+        """The reference before training; DeepSpeed places its weights when it is given a model, which is later."""
+        if self.ref_model is None and self.is_deepspeed_enabled:
+            if self._reference_engine is None:
+                self._reference_engine = prepare_deepspeed(self.model, self.accelerator)
+            return self._reference_engine
+        return self.ref_model or self.model
+
+    def _key_of(self, part: Dataset, draw_set: int) -> str:
+        """What the values of some rows depend on; empty where it cannot be told, the weights being spread (ZeRO-3)."""
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            return ""
+        rows = hash_of_rows(part, ("prompt_ids", *self._completion_columns, "KL_completion_ids"))
+        return json.dumps(
+            [rows, self._precompute_model_hash, self._scoring_key(model), self._sampler.key, draw_set], default=str
+        )
+
+    def _scoring_key(self, model: Any) -> str:
+        mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
+        return scoring_key(self.accelerator.unwrap_model(model), mask_token_id, self.accelerator.mixed_precision)
+
+    @property
+    def _is_silent(self) -> bool:
+        return self.args.disable_tqdm or not self.accelerator.is_main_process
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]; on the set that is being stored."""
-        if self._draw_set is not None:
-            model = on_draws(model, FIXED_NONCE + self._draw_set)
-        with gradients_stay_wanted(self.model) as restore:
+        """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]."""
+        with naming_the_example(inputs, self._tokenizer), gradients_stay_wanted(self.model) as restore:
             return super().compute_ref_log_probs(_after(restore, model), inputs)
-
-    def _remove_unreadable(self, part: Dataset, label: str) -> None:
-        """Remove stored values that are damaged, so that they are computed again."""
-        if self.accelerator.is_main_process and part.cache_files:
-            rows_and_model = (part._fingerprint, self._precompute_model_hash)
-            is_kto = hasattr(self, "calculate_KL")
-            fingerprint = Hasher.hash((*rows_and_model, self.calculate_KL) if is_kto else rows_and_model)
-            path = part._get_cache_file_path(fingerprint)
-            if os.path.exists(path) and not _is_whole(path, len(part)):
-                logger.warning("Stored reference values of the %s dataset are damaged and computed again.", label)
-                os.remove(path)
-        self.accelerator.wait_for_everyone()
 
 
 def _after(prepare: Callable[[], None], model: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,11 +184,3 @@ def _after(prepare: Callable[[], None], model: Callable[..., Any]) -> Callable[.
         return model(*args, **kwargs)
 
     return call
-
-
-def _is_whole(path: str, rows: int) -> bool:
-    try:
-        columns = Dataset.from_file(path).with_format("numpy")[:]
-    except (OSError, ValueError, pa.ArrowException):
-        return False
-    return all(len(values) == rows and np.isfinite(values).all() for values in columns.values())
