@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import vrpo_lora
 from conftest import make_model, make_pairs, make_tokenizer
+from datasets import Dataset
 from decoder_reference import decoder_logits, frequencies, published_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_head import make_batch, scored
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +28,7 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -349,6 +355,58 @@ def test_trained_by_path_with_a_reference_by_path(name, tmp_path):
     trainer = trained(path, tmp_path / "out", max_steps=1)
     assert type(trainer.ref_model) is type(trainer.model) is CLASSES[type(trainer.model.config)]
     assert trainer.state.log_history[0]["loss"] == LN2
+
+
+def test_trained_by_the_script(tmp_path):
+    path = FOLDERS["iLLaDA"].write(tmp_path / "published", mask_token_id=2)
+    make_tokenizer().save_pretrained(path)
+    make_pairs(4).to_json(tmp_path / "data" / "train.jsonl")
+    arguments = ["--model_name_or_path", str(path), "--dataset_name", str(tmp_path / "data"), "--use_peft"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--num_mc_samples", "2"]
+    arguments += ["--bf16", "False", "--use_cpu", "--report_to", "none"]
+    vrpo_lora.main(*vrpo_lora.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True))
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in adapter and len(adapter) == 28
+
+
+# The form of Qwen2.5's template: a system turn where there is none, a turn opened on request
+QWEN_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|> system you are helpful <|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "expected"),
+    [
+        ("Dream", "<|endoftext|>", "two <|im_end|> <|endoftext|>"),  # Dream-v0: the end of text follows the turn
+        ("A2D-Qwen3", "<|im_end|>", "two <|im_end|>"),  # Qwen's instruct models: the end of a turn is the end
+    ],
+)
+def test_a_conversation_ends_as_the_family_was_taught(name, eos, expected, tmp_path):
+    """Through TRL's tokenisation; an answer made of its end alone is dropped."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|mask|>", "<|im_end|>"]
+    words = [*special, "<unk>", "user", "assistant", "system", "what", "is", "two", "three"]
+    model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    model.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=eos, pad_token="<|endoftext|>", unk_token="<unk>", mask_token="<|mask|>"
+    )
+    tokenizer.chat_template = QWEN_TEMPLATE
+    prompt = [{"role": "user", "content": "what is two"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("two", "three", "")]
+    rows = [{"prompt": prompt, "chosen": answers[0], "rejected": answer} for answer in answers[1:]]
+    trainer = DiffusionVRPOTrainer(
+        FOLDERS[name].model(),
+        args=DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    (row,) = trainer.train_dataset
+    assert tokenizer.decode(row["chosen_ids"]) == expected
+    assert tokenizer.decode(row["prompt_ids"]).endswith("what is two <|im_end|> <|im_start|> assistant")
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
