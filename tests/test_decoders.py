@@ -26,8 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -531,12 +529,16 @@ def test_half_of_a_llada_is_none(whole, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_an_autoregressive_checkpoint_is_found_by_its_attention():
-    config = LlamaConfig(**{**SIZES, "mask_token_id": 2})
-    with pytest.raises(ValueError, match="attends causally"):
-        check_denoiser(LlamaForCausalLM(config), 2)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"])
+def test_a_decoder_of_transformers_is_what_its_configuration_says(model_type, tmp_path):
+    """Its attention is tried: by default it is that of an autoregressive model. The entry is saved with the model."""
+    fields = {**SIZES, "head_dim": 8, "initializer_range": 0.2, "mask_token_id": 2}
+    config = AutoConfig.for_model(model_type, **fields)
+    with pytest.raises(ValueError, match="attends causally.*`model.config.is_causal = False`"):
+        check_denoiser(AutoModelForCausalLM.from_config(config), 2)
     config.is_causal = False
-    check_denoiser(LlamaForCausalLM(config), 2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    check_denoiser(class_to_load(AutoConfig.from_pretrained(tmp_path)).from_pretrained(tmp_path), 2)
 
 
 def test_dream_is_found_by_its_configuration_only():
