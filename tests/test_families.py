@@ -276,6 +276,19 @@ def test_a_family_may_know_the_mask_token_that_nothing_else_names(monkeypatch):
     assert torch.equal(unnamed.generate(ids, max_new_tokens=4), unnamed.generate(ids, **arguments))
 
 
+def test_a_shifted_family_may_have_nothing_that_predicts_the_first_token(monkeypatch):
+    model, nothing, shifted = make_llama(), torch.zeros(1, 0, dtype=torch.long), ROWS["shifted"].literal
+    for first, expected in [("first", None), ("nothing", "prompt is empty, and shifted has no logits")]:
+        monkeypatch.setattr(families, "FAMILIES", [replace(shifted, first_token=first)])
+        if expected is None:
+            at_once = {"max_new_tokens": 4, "steps": 1}  # the first logits are met twice, with equal confidence
+            sampled = generate(model, nothing, **at_once, eos_token_id=[0], pad_token_id=1)
+            assert sampled[0].tolist() == naive_response(in_place(model, 1), [], **at_once, pad=1)[0]
+            continue
+        with pytest.raises(ValueError, match=expected):
+            generate(model, nothing, max_new_tokens=4)
+
+
 def test_a_family_has_its_own_way_to_sample(monkeypatch):
     model, ids = make_model(), torch.tensor([[7, 8, 9]])
     expected = model.generate(ids, max_new_tokens=6, steps=2, block_length=3)

@@ -440,7 +440,8 @@ def test_objects_of_autoregressive_decoding_are_refused_by_name(name):
     [
         ({"max_new_tokens": 0}, "`max_new_tokens`"),
         ({"max_new_tokens": -3}, "`max_new_tokens`"),
-        ({"max_length": 7}, "`max_new_tokens`"),
+        ({"max_length": 7}, "`max_length=7` counts the prompt too, which has 7 tokens.*`max_new_tokens`"),
+        ({"seed": 2**63, "temperature": 1.0}, "`seed`.*64 bits"),
         ({"block_length": 3}, "`block_length`"),
         ({"block_length": 0}, "`block_length`"),
         ({"block_length": -2}, "`block_length`"),

@@ -12,6 +12,7 @@ from conftest import make_model, make_pairs, make_tokenizer
 from datasets import load_from_disk
 from dpo_reference import OPTIONS, losses, options_of
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, elbo
 
@@ -397,3 +398,26 @@ def test_model_card(tmp_path):
     ):
         assert expected in card
     assert "pipeline(" not in card
+
+
+def bidirectional_llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=30, **sizes, mask_token_id=2, pad_token_id=0, eos_token_id=0)
+    config.is_causal = False
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [make_model, bidirectional_llama])
+def test_the_snippet_of_the_model_card_runs(tmp_path, make, capsys):
+    """As it is printed, with a folder for the name of a repository."""
+    trainer = make_trainer(tmp_path, make(), max_steps=1)
+    trainer.save_model()
+    trainer.create_model_card(model_name=str(tmp_path))
+    snippet = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    words = make_tokenizer().get_vocab()
+    capsys.readouterr()
+    names = {}
+    exec(snippet, names)
+    assert type(names["model"]) is type(make())
+    assert names["output"].shape[1] == names["inputs"]["input_ids"].shape[1] + 128
+    assert set(capsys.readouterr().out.split()) <= set(words)

@@ -75,6 +75,11 @@ def generate(
     prompts = prompts.repeat_interleave(arguments.num_return_sequences, dim=0)
     attention_mask = attention_mask.repeat_interleave(arguments.num_return_sequences, dim=0)
     _check_prompts(prompts, attention_mask, tokens)
+    family = family_of(model.config)
+    if prompts.shape[1] < family.logit_shift and family.first_token == "nothing":
+        raise ValueError(
+            f"The prompt is empty, and {family.name} has no logits for the first token: give it one token."
+        )
     with evaluating(model):
         sequences = _denoise(model, prompts, attention_mask, arguments, tokens)
     return GenerateDecoderOnlyOutput(sequences=sequences) if arguments.return_dict_in_generate else sequences

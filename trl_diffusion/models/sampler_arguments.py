@@ -70,6 +70,8 @@ class SamplerArguments:
             raise ValueError(
                 f"`block_length` ({self.block_size}) must divide `max_new_tokens` ({self.max_new_tokens})."
             )
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"`seed` must fit in 64 bits, got {self.seed}.")
         num_blocks = self.max_new_tokens // self.block_size
         if self.num_steps % num_blocks or not num_blocks <= self.num_steps <= self.max_new_tokens:
             raise ValueError(
@@ -122,6 +124,11 @@ def read_arguments(
         given.update({name: value for name, value in values.items() if value is not None})
     if "max_length" in given and "max_new_tokens" not in given:
         given["max_new_tokens"] = given["max_length"] - prompt_length
+        if given["max_new_tokens"] < 1:
+            raise ValueError(
+                f"`max_length={given['max_length']}` counts the prompt too, which has {prompt_length} tokens. Give "
+                "`max_new_tokens`."
+            )
     do_sample = given.pop("do_sample", None)
     if do_sample is False:
         given["temperature"] = 0.0

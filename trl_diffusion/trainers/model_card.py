@@ -1,13 +1,14 @@
-"""The model card of a trained checkpoint, with the sampler in the place of TRL's text-generation pipeline."""
+"""The model card of a trained checkpoint, which shows how its family is loaded and sampled."""
 
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..models.families import class_to_load
+from ..models.families import family_of
 
 
 def write_model_card(
@@ -22,7 +23,8 @@ def write_model_card(
         dataset_name: data it was trained on, if that has a name on the hub.
         tags: of the card, besides the trainer's.
     """
-    folder = Path(trainer.args.output_dir)
+    folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+    model = model.get_base_model() if is_peft_model(model) else model
     model_name = model_name or folder.name
     base_model = getattr(trainer.model.config, "_name_or_path", "")
     base_model = base_model if base_model and not Path(base_model).is_dir() else None
@@ -40,7 +42,7 @@ def write_model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         base_model=base_model,
         dataset_name=dataset_name,
-        auto_class=class_to_load(trainer.model.config).__name__,
+        auto_class=_class_name(model),
         estimator=trainer.args.describe_estimator(),
         trainer_name=trainer._name,
         paper_title=trainer._paper["title"],
@@ -50,3 +52,9 @@ def write_model_card(
     )
     folder.mkdir(parents=True, exist_ok=True)
     card.save(folder / "README.md")
+
+
+def _class_name(model: Any) -> str:
+    """Of the class of transformers that loads the model: its family's, or its own."""
+    own = type(model).__name__ if type(model).__module__.startswith("transformers.") else "AutoModelForCausalLM"
+    return family_of(model.config).auto_class or own
