@@ -312,9 +312,7 @@ def test_models_are_left_as_they_came(tmp_path, make, fails, monkeypatch):
 
     before = list(map(state, models))
     if fails:
-        monkeypatch.setattr(
-            head, "_score_draws", lambda model, ids, mask, chunk: torch.full(chunk.masked.shape, torch.nan)
-        )
+        monkeypatch.setattr(head, "_score_draws", lambda *arguments: torch.full(arguments[-1].masked.shape, torch.nan))
         with pytest.raises(ValueError, match="The example is"):
             diagnose(tmp_path, *models)
     else:
