@@ -439,6 +439,14 @@ def test_a_mask_token_that_is_not_registered_is_found_in_the_vocabulary(name):
         resolve_mask_token_id(config, make_tokenizer())
 
 
+def test_a_mask_token_beside_the_one_in_the_vocabulary():
+    """Another special token of the same tokenizer, which is no word."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|mask|>"])
+    with pytest.raises(ValueError, match="model's mask token is 5 and the tokenizer's is 30"):
+        resolve_mask_token_id(config_of("a2d-qwen3", vocab_size=40, mask_token_id=5), tokenizer)
+
+
 def config_of(model_type, **fields):
     return AutoConfig.for_model(model_type, **{**SIZES, **fields})
 

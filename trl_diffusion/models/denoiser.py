@@ -18,10 +18,11 @@ def resolve_mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokeniz
         ValueError: neither has one, they differ, or it is the padding token, a word, or outside the vocabulary.
     """
     of_model = getattr(config, "mask_token_id", None)
-    of_tokenizer = getattr(tokenizer, "mask_token_id", None)
     family = family_of(config)
-    named = _in_vocabulary(tokenizer, family.mask_tokens)
-    known = (of_model, of_tokenizer, named, family.mask_token_id)
+    of_tokenizer = getattr(tokenizer, "mask_token_id", None)
+    if of_tokenizer is None:
+        of_tokenizer = _in_vocabulary(tokenizer, family.mask_tokens)
+    known = (of_model, of_tokenizer, family.mask_token_id)
     mask_token_id = next((token for token in known if token is not None), None)
     if mask_token_id is None:
         raise ValueError(
