@@ -20,8 +20,8 @@ from trl_diffusion import LLaDAModelLM, MaskSampler, elbo
 from trl_diffusion.models.denoiser import check_denoiser
 from trl_diffusion.models.families import spare_in_quantization
 from trl_diffusion.scoring import output_head
-from trl_diffusion.scoring.adapters import keep_differentiable
 from trl_diffusion.scoring.output_head import token_log_probs
+from trl_diffusion.scoring.precision import keep_differentiable
 
 QUANTIZED = {
     # A list that a user gives takes the place of the one that spares the head
