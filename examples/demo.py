@@ -12,16 +12,16 @@ Everything is written to `runs/demo`. Nothing is downloaded.
 import argparse
 import ast
 import json
-import logging
 import math
 import os
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # says on import which kernel for 4-bit models it misses
+from trl_diffusion.cli.quiet import quiet_start
+
+quiet_start()
 
 import torch
 import word_problems as task
@@ -232,7 +232,6 @@ def read_arguments(description: str) -> argparse.Namespace:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of an old name
     return arguments
 
 

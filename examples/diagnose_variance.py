@@ -17,15 +17,19 @@ many draws are enough cannot be told.
 Other options are those of `vrpo_lora.py`; those of the estimator are not used.
 """
 
-import sys
 from dataclasses import dataclass, field
+
+from trl_diffusion.cli.quiet import quiet_start
+
+quiet_start()
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import DatasetMixtureConfig, ScriptArguments, get_quantization_config
 
 from trl_diffusion import DiffusionVRPOConfig, diagnose_variance
 from trl_diffusion.cli.arguments import DiffusionModelConfig, load_datasets, with_model_init_kwargs
+from trl_diffusion.cli.parser import OptionParser
 
 
 @dataclass
@@ -61,10 +65,10 @@ def main(script_args, training_args, model_args, dataset_args, diagnosis):
 
 
 def make_parser():
-    return TrlParser(
+    return OptionParser(
         (ScriptArguments, DiffusionVRPOConfig, DiffusionModelConfig, DatasetMixtureConfig, DiagnosisArguments)
     )
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(sys.argv[1:], fail_with_unknown_args=True))
+    main(*make_parser().parse_args_and_config())

@@ -63,10 +63,15 @@ its preference format, which is unpaired; a folder with `train.jsonl` and `test.
 
 import sys
 
-from trl import DatasetMixtureConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl_diffusion.cli.quiet import quiet_start
+
+quiet_start()
+
+from trl import DatasetMixtureConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer
-from trl_diffusion.cli.arguments import DiffusionModelConfig, load_datasets, with_model_init_kwargs
+from trl_diffusion.cli.arguments import TrainedModelConfig, load_datasets, with_model_init_kwargs
+from trl_diffusion.cli.parser import OptionParser
 
 
 def main(script_args, training_args, model_args, dataset_args):
@@ -90,7 +95,7 @@ def main(script_args, training_args, model_args, dataset_args):
 
 
 def make_parser():
-    return TrlParser((ScriptArguments, ELBOKTOConfig, DiffusionModelConfig, DatasetMixtureConfig))
+    return OptionParser((ScriptArguments, ELBOKTOConfig, TrainedModelConfig, DatasetMixtureConfig))
 
 
 if __name__ == "__main__":
@@ -99,4 +104,4 @@ if __name__ == "__main__":
         from embedded_default import embedded_arguments
 
         arguments = embedded_arguments(thumbs=True)
-    main(*make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True))
+    main(*make_parser().parse_args_and_config(arguments))

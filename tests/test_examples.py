@@ -1,6 +1,12 @@
 """The scripts do what their headers say, on a model that is made in a second."""
 
+import dataclasses
+import importlib
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import elbo_kto_lora
 import embedded_default
@@ -10,6 +16,8 @@ import vrpo_lora
 import word_problems as task
 from conftest import make_model, make_pairs, make_tokenizer
 from test_kto import make_feedback
+
+from trl_diffusion.trainers.arguments import ELBOArguments
 
 SCRIPTS = {"vrpo_lora": (vrpo_lora, make_pairs), "elbo_kto_lora": (elbo_kto_lora, make_feedback)}
 
@@ -31,32 +39,121 @@ def test_scripts_train_and_save(tmp_path, checkpoint, name):
     arguments = ["--config", str(tmp_path / "run.yaml"), "--model_name_or_path", str(checkpoint), "--use_peft"]
     arguments += ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
     arguments += ["--bf16", "False", "--use_cpu", "--report_to", "none"]
-    script.main(*script.make_parser().parse_args_and_config(arguments, fail_with_unknown_args=True))
+    script.main(*script.make_parser().parse_args_and_config(arguments))
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert adapter["target_modules"].endswith("(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)")
     logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in logged if "eval_loss" in entry] == [2]
 
 
+def refused(capsys, name, *arguments):
+    """The line with which a script ends on these options, before anything is loaded."""
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(name).make_parser().parse_args_and_config(["--use_cpu", "--bf16", "False", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "diagnose_variance"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--num_mc_sample", "3"], "`--num_mc_sample` is not an option. Did you mean `--num_mc_samples`?"),
+        (["--num-mc-sampels=3"], "`--num-mc-sampels` is not an option. Did you mean `--num_mc_samples`?"),
+        (["--zzzzz"], "`--zzzzz` is not an option. `--help` lists the options."),
+        (["model"], "`model` is not an option. `--help` lists the options."),
+        (["--config", "run.yaml"], "`--control_variates` in the YAML file is not an option. Did you mean `--control_v"),
+        (["--config=run.yaml"], "`--control_variates` in the YAML file is not an option. Did you mean `--control_v"),
+        (["--config", "none.yaml"], "No such file or directory: 'none.yaml'"),
+        (["--config", "broken.yaml"], "expected"),
+        (["--config"], "`--config` needs a YAML file after it."),
+        (["--num_mc_samples", "0"], "`num_mc_samples`"),
+        (["--mask_scheme", "gaussian"], "invalid choice: 'gaussian'"),
+        ([], "`--model_name_or_path` is missing: give a folder"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_named(tmp_path, monkeypatch, capsys, name, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("control_variates: none\n")
+    (tmp_path / "broken.yaml").write_text("beta: [1\n")
+    assert message in refused(capsys, name, *arguments)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_refuse_unknown_options_and_missing_data(tmp_path, checkpoint, name):
-    parser = SCRIPTS[name][0].make_parser()
-    with pytest.raises(ValueError, match="num_mc_sampels"):
-        parser.parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu", "--num_mc_sampels", "3"])
-    arguments = ["--output_dir", str(tmp_path), "--model_name_or_path", str(checkpoint), "--use_cpu", "--bf16", "False"]
-    with pytest.raises(ValueError, match="Give a dataset: `--dataset_name`"):
-        SCRIPTS[name][0].main(*parser.parse_args_and_config(arguments))
+@pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
+def test_quantised_weights_need_an_adapter(capsys, name, option):
+    arguments = ["--model_name_or_path", "x", f"--{option}"]
+    assert f"`--{option}` makes weights that cannot be trained. Add `--use_peft`" in refused(capsys, name, *arguments)
+    arguments += ["--use_cpu", "--bf16", "False", "--per_device_train_batch_size", "4"]
+    importlib.import_module(name).make_parser().parse_args_and_config([*arguments, "--use_peft"])
+    importlib.import_module("diagnose_variance").make_parser().parse_args_and_config(arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "Give a dataset: `--dataset_name`"),
+        (["trian"], r"no split 'trian' \(`--dataset_train_split`\), .*Did you mean `--dataset_train_split train`"),
+        (["train", "--eval_strategy", "steps", "--eval_steps", "1"], r"no split 'test' \(`--dataset_test_split`\), .*"
+         "Name one of them with `--dataset_test_split`. Without `--eval_strategy` none is needed"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_missing_data_is_named(tmp_path, arguments, message):
+    """Before a model is loaded: there is none."""
+    make_pairs(2).to_json(tmp_path / "data" / "train.jsonl")
+    if arguments:
+        arguments = ["--dataset_name", str(tmp_path / "data"), "--dataset_train_split", *arguments]
+    arguments += ["--output_dir", str(tmp_path), "--model_name_or_path", "none", "--use_cpu", "--bf16", "False"]
+    with pytest.raises(ValueError, match=message):
+        vrpo_lora.main(*vrpo_lora.make_parser().parse_args_and_config(arguments))
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "diagnose_variance"])
+def test_help_has_our_options_first_and_each_option_once(name):
+    parser = importlib.import_module(name).make_parser()
+    text = parser.format_help()
+    titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert titles == [
+        *("Of this package", "Model and adapter (TRL)", "Data (TRL)"),
+        *("Preference optimisation (TRL)", "Training (transformers)"),
+    ]
+    listed = re.findall(r"^  --(\w+)", text, re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == {action.dest for action in parser._actions} - {"help"}
+    ours = text[: text.index("Model and adapter (TRL):")]
+    for option in {field.name for field in dataclasses.fields(ELBOArguments)}:
+        assert f"\n  --{option} " in ours
+    assert "--learning_rate" not in ours and "--beta" not in ours and "--dtype" not in ours
 
 
 @pytest.mark.parametrize("quantised, dtype", [(True, "bfloat16"), (False, "float32")])
 def test_precision_follows_the_quantisation(tmp_path, quantised, dtype):
-    arguments = ["--output_dir", str(tmp_path), "--use_cpu", *(["--load_in_4bit"] if quantised else [])]
-    _, _, model_args, _ = vrpo_lora.make_parser().parse_args_and_config([*arguments, "--bf16", "False"])
-    assert model_args.dtype == dtype
-    *_, model_args, _ = vrpo_lora.make_parser().parse_args_and_config(
-        [*arguments, "--bf16", "False", "--dtype", "auto"]
+    arguments = ["--output_dir", str(tmp_path), "--model_name_or_path", "x", "--use_cpu", "--bf16", "False"]
+    arguments += ["--load_in_4bit", "--use_peft"] if quantised else []
+    for more, expected in (([], dtype), (["--dtype", "auto"], "auto")):
+        *_, model_args, _ = vrpo_lora.make_parser().parse_args_and_config([*arguments, *more])
+        assert model_args.dtype == expected
+
+
+def test_a_start_prints_no_notice_that_no_user_can_do_anything_about(tmp_path, checkpoint):
+    """As a command, with layer checkpointing, which is on by default, and an adapter."""
+    make_pairs(4).to_json(tmp_path / "data" / "train.jsonl")
+    script = Path(vrpo_lora.__file__)
+    result = subprocess.run(
+        [
+            *(sys.executable, str(script), "--model_name_or_path", str(checkpoint)),
+            *("--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out"), "--use_peft"),
+            *("--max_steps", "1", "--bf16", "False", "--use_cpu", "--report_to", "none"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert model_args.dtype == "auto"
+    assert "Training completed." in result.stdout
+    for notice in ("FutureWarning", "UserWarning", "gemm_4bit_forward", "deprecated"):
+        assert notice not in result.stderr
 
 
 def test_the_embedded_default_is_a_run_of_the_script(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What training scripts share: model arguments that fit a diffusion model, and datasets from the command line."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from datasets import load_dataset
@@ -16,6 +17,9 @@ class DiffusionModelConfig(ModelConfig):
     Parameters:
         dtype (`str`, *optional*):
             Precision to load the model in. Defaults to `"bfloat16"` for a quantised model, else `"float32"`.
+
+    Raises:
+        ValueError: no model is named.
     """
 
     dtype: str | None = field(
@@ -28,8 +32,32 @@ class DiffusionModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model_name_or_path is None:
+            raise ValueError(
+                "`--model_name_or_path` is missing: give a folder that `save_pretrained` wrote, or the name of a "
+                "repository on the hub."
+            )
         if self.dtype is None:
             self.dtype = "bfloat16" if self.load_in_4bit or self.load_in_8bit else "float32"
+
+
+@dataclass
+class TrainedModelConfig(DiffusionModelConfig):
+    """
+    [`DiffusionModelConfig`] of a model that is trained.
+
+    Raises:
+        ValueError: its weights are quantised, and there is no adapter to train.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise ValueError(
+                    f"`--{name}` makes weights that cannot be trained. Add `--use_peft`, which trains an adapter, or "
+                    f"leave `--{name}` out."
+                )
 
 
 def with_model_init_kwargs(training_args: Any, model_args: Any) -> Any:
@@ -49,10 +77,10 @@ def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> di
     The `train_dataset` and, if there is an evaluation strategy, the `eval_dataset` that the arguments name.
 
     Raises:
-        ValueError: no dataset is named, or two in different ways.
+        ValueError: no dataset is named, or two in different ways, or it has no such split.
     """
     if dataset_args.datasets and script_args.dataset_name:
-        raise ValueError("Both `datasets` and `dataset_name` are given. Keep one of them.")
+        raise ValueError("Both `datasets` and `--dataset_name` are given. Keep one of them.")
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     elif script_args.dataset_name:
@@ -61,8 +89,19 @@ def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> di
         )
     else:
         raise ValueError("Give a dataset: `--dataset_name`, or `datasets` in a YAML file.")
-    evaluate = training_args.eval_strategy != "no"
-    return {
-        "train_dataset": dataset[script_args.dataset_train_split],
-        "eval_dataset": dataset[script_args.dataset_test_split] if evaluate else None,
-    }
+    names = {"train_dataset": "dataset_train_split", "eval_dataset": "dataset_test_split"}
+    if training_args.eval_strategy == "no":
+        del names["eval_dataset"]
+    return {"eval_dataset": None} | {key: _split(dataset, name, script_args) for key, name in names.items()}
+
+
+def _split(dataset: Any, option: str, script_args: Any) -> Any:
+    """The split that an option names."""
+    split = getattr(script_args, option)
+    if split in dataset:
+        return dataset[split]
+    nearest = get_close_matches(split, dataset, n=1)
+    hint = f"Did you mean `--{option} {nearest[0]}`?" if nearest else f"Name one of them with `--{option}`."
+    if option == "dataset_test_split":
+        hint += " Without `--eval_strategy` none is needed."
+    raise ValueError(f"The dataset has no split {split!r} (`--{option}`), it has {list(dataset)}. {hint}")

@@ -37,7 +37,17 @@ def _check_trl() -> None:
 
 _check_trl()  # before anything is looked for in it
 
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, ModelConfig, get_dataset
+from trl import (
+    DatasetMixtureConfig,
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+)
 from trl.data_utils import is_conversational
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import prepare_deepspeed
@@ -51,10 +61,13 @@ __all__ = [
     "ChunkedLogProbFunction",
     "DPOConfig",
     "DPOTrainer",
+    "DatasetMixtureConfig",
     "FusedCausalLMOutput",
     "KTOConfig",
     "KTOTrainer",
     "ModelConfig",
+    "ScriptArguments",
+    "TrlParser",
     "check_asked_for",
     "get_dataset",
     "hash_module",
