@@ -236,6 +236,8 @@ def test_commands_have_known_options_only(name, number, tmp_path):
     assert len(commands) == number
     for script, options in commands:
         options = shlex.split(options.replace("\\\n", " "))
+        if not options:  # the script makes a model itself
+            continue
         options += ["--output_dir", str(tmp_path), "--bf16", "False", "--use_cpu", "True"]
         if script == "elbo_kto_lora":
             options += ["--per_device_train_batch_size", "4"]  # one row on each of several processes
