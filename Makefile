@@ -37,7 +37,7 @@ demo-kto: $(VENV)/.installed
 	$(RUN) examples/demo_kto.py
 
 test: $(VENV)/.tests
-	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

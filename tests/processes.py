@@ -1,5 +1,6 @@
 """Other processes for tests: forked, so that torch and transformers need not be imported again."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,18 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+
+# As `accelerate launch` sets it for fsdp2.yaml
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "FSDP_VERSION": 2,
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LLaDALlamaBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 
 
 def run_forked(function, *arguments, processes=1, folder, environment=None):
@@ -66,3 +79,20 @@ def forget_processes():
 def kill_myself():
     """As `kill -9` does: nothing is flushed, no handler runs."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def fsdp_on_the_cpu():
+    """accelerate offers FSDP to processes with accelerators only. Nothing else in it asks for one."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    init = PartialState.__init__
+
+    def as_if_on_accelerators(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_if_on_accelerators
+    yield

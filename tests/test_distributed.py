@@ -3,7 +3,6 @@ A run on many processes is the run on one: losses and weights of DDP on two and 
 process with the same global batches. Processes are forked and talk through gloo; two launches are real.
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -20,11 +19,14 @@ from accelerate.utils import gather_object
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset, load_from_disk
 from peft import LoraConfig
-from processes import run_forked
+from processes import FSDP, fsdp_on_the_cpu, run_forked
 from safetensors.torch import load_file
 from test_kto import make_feedback
 
 from trl_diffusion.resuming.checkpoints import problem_of
+
+# One worker: what was trained on one process is compared with by many tests
+pytestmark = pytest.mark.xdist_group("distributed")
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
@@ -53,16 +55,6 @@ CELLS = {
 }
 ON_FOUR = ["vrpo lora precomputed", "vrpo full", "kto lora batch_mean"]
 WITH_FSDP = ["vrpo lora", "vrpo lora precomputed", "vrpo full", "kto lora batch_mean", "kto full ema_per_class"]
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "ACCELERATE_MIXED_PRECISION": "no",
-    "FSDP_VERSION": 2,
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LLaDALlamaBlock",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
 
 
 def make_cell(name, folder, processes=1, **options):
@@ -91,23 +83,6 @@ def train_cells(names, folder, processes):
             torch.save(result, folder / f"{name} {processes}.pt")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-
-
-@contextlib.contextmanager
-def fsdp_on_the_cpu():
-    """accelerate offers FSDP to processes with accelerators only. Nothing else in it asks for one."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
-
-    init = PartialState.__init__
-
-    def as_if_on_accelerators(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = as_if_on_accelerators
-    yield
 
 
 def train_cells_with_fsdp(names, folder, processes):

@@ -11,6 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
 from ..models.families import family_of
+from .sharding import fsdp_is_asked_for
 
 
 def fitting_get_peft_model(get_peft_model: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
@@ -156,7 +157,12 @@ def _warn_of_partial_matches(matched: dict[str, list[str]], num_blocks: int) -> 
 
 
 def reference_copy(model: Any, args: Any, peft_config: Any) -> Any:
-    """A reference for full fine-tuning of a model in memory; TRL would load it from where the model came from."""
-    if peft_config is not None or isinstance(model, PeftModel) or args.precompute_ref_log_probs:
+    """
+    A reference for full fine-tuning of a model in memory; TRL would load it from where the model came from.
+
+    Not if it is scored before training, but under FSDP, where TRL scores a copy that is sharded, and lets go of it.
+    """
+    scored_before = args.precompute_ref_log_probs and not fsdp_is_asked_for(args)
+    if peft_config is not None or isinstance(model, PeftModel) or scored_before:
         return None
     return copy.deepcopy(model)

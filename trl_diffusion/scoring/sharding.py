@@ -1,7 +1,9 @@
 """Weights that are spread over processes: what FSDP2 and DeepSpeed ZeRO-3 need to see of a score."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -10,6 +12,11 @@ from transformers import PreTrainedModel
 from ..models.logits import hidden_states
 
 Backbone = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
+
+
+def fsdp_is_asked_for(args: Any) -> bool:
+    """Whether the run will be sharded by FSDP: by its arguments, or by `accelerate launch`."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def is_partitioned(module: torch.nn.Module) -> bool:

@@ -178,6 +178,7 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         model = model.get_base_model() if is_peft_model(model) else model  # a `ref_model` with an adapter
         mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
         check_same_vocabulary(self._model_config, model.config, self._tokenizer)
+        keep_differentiable(model)  # the reference too: kernels for inference round otherwise than the policy's
         check_denoiser(model, mask_token_id)
         model.config.mask_token_id = mask_token_id  # also where only the tokenizer had it: the checkpoint says it
         obstacle = self._obstacle_to_immediate()

@@ -1,8 +1,11 @@
 """Many processes: what wraps a model there leaves its score and its gradient alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -20,6 +23,29 @@ class ProcessesMixin(_Trainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             plugin.mixed_precision_policy = casting_weights_only(plugin.mixed_precision_policy)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Under DeepSpeed the Trainer rounds every float of a batch to bfloat16: here, scores of the reference."""
+        if isinstance(data, torch.Tensor) and data.is_floating_point():
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
+    @contextmanager
+    def _weights_as_in_training(self) -> Iterator[None]:
+        """Score a model that FSDP2 has not sharded yet as it will be then: with weights in its `param_dtype`."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = plugin and plugin.mixed_precision_policy
+        if self.ref_model is not None or policy is None or policy.param_dtype is None:
+            yield
+            return
+        whole = [(p, p.data) for p in self.model.parameters() if p.dtype == torch.float32]
+        for parameter, data in whole:
+            parameter.data = data.to(policy.param_dtype)
+        try:
+            yield
+        finally:
+            for parameter, data in whole:
+                parameter.data = data
 
     def _let_gradients_come_once(self) -> None:
         """

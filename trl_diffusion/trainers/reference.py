@@ -141,7 +141,8 @@ class ReferenceMixin(_TRLTrainer):
         scored = []
         for rows in batches:
             inputs = self._prepare_inputs(self.data_collator([part[row] for row in rows]))
-            scored.append([values for values in self.compute_ref_log_probs(model, inputs) if values is not None])
+            with self._weights_as_in_training():
+                scored.append([values for values in self.compute_ref_log_probs(model, inputs) if values is not None])
         columns = [torch.cat(column) for column in zip(*scored, strict=True)]
         whole = [self.accelerator.gather(column).view(processes, -1).T.flatten()[: len(part)] for column in columns]
         return {name: values.cpu().numpy() for name, values in zip(self._reference_columns, whole, strict=False)}

@@ -1,0 +1,115 @@
+"""
+What users run, in every combination of two: how it is launched, which trainer, what is trained, against which
+reference, in which precision, from where, with layer checkpointing or without.
+
+The full product has 944 combinations that can exist. The table holds every pair of values that can stand together (a
+covering design, found by a greedy search from the shipped configurations with TRL's defaults), and, in bfloat16, each
+way in which a reference is scored before its weights are where training has them.
+"""
+
+import math
+
+import pytest
+import torch
+from matrix import BETA, REFERENCES, VALUES, every_cell, pairs, read, run, save_inputs
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("matrix")]
+
+CELLS = read("""
+    one         vrpo        all         ref_model   bf16        memory      off
+    one         vrpo        all         copy        bf16        memory      off
+    one         vrpo        all         precomputed fp32        path        off
+    one         vrpo        lora        off         bf16        path        on
+    one         kto         all         synced      fp32        memory      off
+    one         kto         qlora       off         bf16        path        on
+    one         kto         peft        ref         fp32        path        off
+    ddp         vrpo        all         synced      bf16        path        on
+    ddp         vrpo        lora        off         bf16        path        on
+    ddp         vrpo        qlora       ref_model   bf16        memory      off
+    ddp         vrpo        peft        precomputed fp32        path        off
+    ddp         kto         all         copy        fp32        memory      off
+    ddp         kto         peft        ref         fp32        path        off
+    fsdp2       vrpo        all         copy        bf16        path        on
+    fsdp2       vrpo        lora        off         bf16        path        on
+    fsdp2       vrpo        lora        precomputed bf16        path        on
+    fsdp2       kto         all         precomputed bf16        memory      off
+    zero2       vrpo        all         precomputed bf16        path        on
+    fsdp2       vrpo        peft        ref_model   fp32        path        on
+    fsdp2       kto         all         synced      bf16        path        on
+    fsdp2       kto         lora        precomputed fp32        path        off
+    fsdp2       kto         peft        ref         fp32        memory      on
+    zero2       vrpo        all         copy        bf16        path        on
+    zero2       vrpo        peft        ref         bf16        path        off
+    zero2       kto         all         synced      fp32        memory      off
+    zero2       kto         lora        off         fp32        memory      off
+    zero2       kto         lora        ref_model   fp32        memory      off
+    zero2       kto         qlora       precomputed fp32        memory      on
+    zero3       vrpo        all         copy        bf16        path        on
+    zero3       vrpo        all         synced      bf16        path        off
+    zero3       vrpo        lora        off         bf16        path        on
+    zero3       vrpo        peft        ref         bf16        memory      off
+    zero3       vrpo        peft        ref_model   fp32        path        on
+    zero3       kto         peft        precomputed bf16        memory      off
+""")
+
+# The loss at the start, where policy and reference are equal: ln 2 in float32, and a half
+START = {"vrpo": torch.tensor(2.0).log().item(), "kto": 0.5}
+# A number of a gradient has met about 220 roundings to bfloat16's 8 bits on its way: of fourteen results and fourteen
+# weights in each of two blocks, forward and backward, in each of two steps. A rounding is uniform, up to 2^-9, and they
+# add up like a random walk; four standard deviations of it, in units of the largest movement.
+BFLOAT16 = 4 * math.sqrt(220 / 3) * 2**-9
+# The same sums in another order
+FLOAT32 = 4e-6
+
+
+def possible(cell):
+    return cell.reference in REFERENCES[cell.weights] and not (
+        cell.weights == "qlora" and cell.launch in ("fsdp2", "zero3")
+    )
+
+
+def test_every_pair_of_values_that_can_exist_is_in_the_table():
+    assert all(possible(cell) for cell in CELLS) and len(set(CELLS)) == len(CELLS)
+    missing = set().union(*(pairs(cell) for cell in every_cell() if possible(cell)))
+    assert missing == set().union(*map(pairs, CELLS))
+
+
+@pytest.fixture(scope="module")
+def oracles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oracles")
+    save_inputs(folder)
+    return run(sorted({cell.oracle for cell in CELLS}, key=str), folder, elbo_gradient="graph"), folder
+
+
+@pytest.mark.parametrize("launch", VALUES["launch"])
+def test_two_steps_are_those_of_one_process_in_float32(oracles, tmp_path, launch):
+    oracles, folder = oracles
+    for name in ("model", "adapter"):
+        (tmp_path / name).symlink_to(folder / name)
+    outcomes = run([cell for cell in CELLS if cell.launch == launch], tmp_path)
+    wrong = {str(cell): reason for cell, outcome in outcomes.items() if (reason := problem(cell, outcome, oracles))}
+    assert not wrong, "\n".join(f"{cell}: {reason}" for cell, reason in wrong.items())
+
+
+def problem(cell, outcome, oracles):
+    """What is wrong with a cell; empty if nothing is."""
+    expected = oracles[cell.oracle]
+    if isinstance(outcome, str) or isinstance(expected, str):
+        return outcome if isinstance(outcome, str) else expected
+    logged, _, weights = outcome
+    (start, later), before, after = expected
+    low = cell.precision == "bf16" or cell.weights == "qlora"
+    tolerance = BFLOAT16 if low else FLOAT32
+    if logged[0]["loss"] != START[cell.trainer]:
+        return f"starts at {logged[0]['loss']}"
+    # A score in bfloat16 is right to one part in 2^8, and by its error the policy may part from its reference
+    scores = sum(abs(value) for name, value in start.items() if name.startswith("logps/"))
+    error = BETA * scores * 2**-8 if low else FLOAT32
+    if abs(logged[1]["loss"] - later["loss"]) > error:
+        return f"loss {logged[1]['loss']} for {later['loss']} +- {error}, having started at {start['loss']}"
+    step = max((after[name] - weight).abs().max() for name, weight in before.items())
+    if cell.launch.startswith("zero") and low:
+        step += 2**-8 / tolerance * max(weight.abs().max() for weight in after.values())  # kept in bfloat16
+    off = {name: ((weights[name] - weight).abs().max() / step).item() for name, weight in after.items()}
+    worst = max(off, key=off.get)
+    return f"{worst} is off by {off[worst]} of a step" if off[worst] > tolerance else ""
