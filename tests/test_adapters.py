@@ -114,6 +114,17 @@ def test_nothing_is_asked_of_a_reference_that_was_given(tmp_path):
     assert first_loss(trainer) != METHODS["VRPO"][2]
 
 
+def test_weights_that_are_placed_later_are_checked_when_training_begins(tmp_path):
+    trainer = make_trainer(tmp_path)
+    check = starting.StartCheck(trainer)
+    check.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.model.model.transformer["ln_f"].weight.data += 0.1
+    with pytest.raises(ValueError, match=r"differs is `model.transformer.ln_f`"):
+        check.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer.state.global_step = 1  # resumed: the policy has left its reference
+    check.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 def test_the_check_leaves_the_trainer_as_it_was(tmp_path):
     model = make_model()
     model.model.transformer["blocks"][1].train()
@@ -141,6 +152,24 @@ def test_weights_that_the_reference_shares_are_not_trained(tmp_path):
     model, reference = ready_made("LoRA"), ready_made("LoRA")
     model.get_base_model().model.transformer["ln_f"].weight.requires_grad_(True)
     assert first_loss(make_trainer(tmp_path, model, ref_model=reference, max_steps=1)) == METHODS["VRPO"][2]
+
+
+def test_the_cures_of_a_reference_that_would_move_or_be_another(tmp_path):
+    for change, cure in (({"bias": "all"}, {"bias": "none"}), ({"init_lora_weights": "pissa"}, {})):
+        config = LoraConfig(r=4, target_modules=TARGETS, **change)
+        with pytest.raises(ValueError, match="pass a `ref_model`"):
+            make_trainer(tmp_path, peft_config=config)
+        trainer = make_trainer(tmp_path, peft_config=config, ref_model=make_model(), max_steps=1)
+        assert first_loss(trainer) == pytest.approx(METHODS["VRPO"][2], abs=1e-5)  # PiSSA is the model up to rounding
+        config = LoraConfig(r=4, target_modules=TARGETS, **cure)
+        assert first_loss(make_trainer(tmp_path, peft_config=config, max_steps=1)) == METHODS["VRPO"][2]
+
+
+def test_a_frozen_model_is_freed_by_the_cure(tmp_path):
+    model = make_model().requires_grad_(False)
+    with pytest.raises(ValueError, match=re.escape("Call `model.requires_grad_(True)` before")):
+        make_trainer(tmp_path, model).train()
+    assert first_loss(make_trainer(tmp_path, model.requires_grad_(True), max_steps=1)) == METHODS["VRPO"][2]
 
 
 # Names of adapters

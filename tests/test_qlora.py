@@ -49,21 +49,48 @@ def test_precisions(tmp_path, checkpoint, adapter_dtype):
     assert second["loss"] < LN2 and second["rewards/margins"] > 0
 
 
-def test_adapters_that_come_with_the_model_keep_their_values(tmp_path, checkpoint):
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_adapters_that_come_with_the_model_keep_their_values(tmp_path, checkpoint, adapter_dtype, precompute):
     """TRL rounds them to bfloat16, but not the reference made of them: the policy would differ from it at once."""
+    wrapped = trained_adapter_on(checkpoint)
+    before = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+    trainer = make_trainer(
+        tmp_path,
+        wrapped,
+        adapter_dtype=adapter_dtype,
+        precompute_ref_log_probs=precompute,
+        max_steps=1,
+        learning_rate=0.0,
+        bf16=True,
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name].to(getattr(torch, adapter_dtype)))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == LN2
+
+
+def test_an_adapter_folder_on_a_quantised_base_is_trained_on(tmp_path, checkpoint):
+    wrapped = trained_adapter_on(checkpoint)
+    before = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
+    wrapped.save_pretrained(tmp_path / "adapter")
+    trainer = make_trainer(tmp_path, str(tmp_path / "adapter"), quantization_config=NF4, max_steps=1, bf16=True)
+    assert trainer.model.get_base_model().is_loaded_in_4bit
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained.keys() == before.keys() and all(torch.equal(p, before[name]) for name, p in trained.items())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == LN2
+
+
+def trained_adapter_on(checkpoint):
     model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=NF4, dtype=torch.bfloat16)
     config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter, dtype=torch.float32) / 7
-    before = {name: p.detach().clone() for name, p in wrapped.named_parameters() if p.requires_grad}
-    trainer = make_trainer(tmp_path, wrapped, max_steps=1, learning_rate=0.0, bf16=True)
-    for name, parameter in trainer.model.named_parameters():
-        if name in before:
-            assert torch.equal(parameter, before[name])
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == LN2
+    return wrapped
 
 
 @pytest.mark.parametrize("before", ["evaluation", "precomputation"])
