@@ -15,7 +15,15 @@ from datasets import DatasetDict, IterableDataset
 from oracles import MASK, TableDenoiser, exact_fixed_count_variances, subsets
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from trl_diffusion import ControlVariate, DiffusionVRPOConfig, VarianceReport, diagnose_variance, draw_masks, elbo
+from trl_diffusion import (
+    ControlVariate,
+    DiffusionVRPOConfig,
+    LLaDAModelLM,
+    VarianceReport,
+    diagnose_variance,
+    draw_masks,
+    elbo,
+)
 from trl_diffusion.diagnosis.diagnose import _variance
 from trl_diffusion.diagnosis.report import ENOUGH_DRAWS, ESTIMATORS
 from trl_diffusion.estimators.variance import (
@@ -355,6 +363,18 @@ def test_an_adapter_that_has_changed_its_base_model(tmp_path):
     config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"])
     with pytest.raises(ValueError, match="`init_lora_weights='pissa'` changes .* Pass that one as `ref_model`"):
         diagnose(tmp_path, get_peft_model(make_model(), config))
+
+
+def test_the_path_of_an_adapter_is_checked_as_the_adapter_is(tmp_path):
+    make_model(seed=1).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    policy = trained_adapter(LLaDAModelLM.from_pretrained(tmp_path / "base"))
+    policy.save_pretrained(tmp_path / "adapter")
+    report = diagnose(tmp_path / "a", policy)
+    by_path = diagnose(tmp_path / "b", str(tmp_path / "adapter"), processing_class=None)
+    assert by_path.compares_with_reference and by_path == report
+    with pytest.raises(ValueError, match="has an adapter, and `peft_config` would make another"):
+        diagnose(tmp_path / "c", str(tmp_path / "adapter"), peft_config=LoraConfig())
 
 
 def test_a_stream_and_what_is_no_dataset(tmp_path):

@@ -138,6 +138,7 @@ def prepare(
         source = find_model(model, options)
         tokenizer = tokenizer or load_tokenizer(source, options)
         model = load_model(source, options)
+        _check_adapters(model, ref_model, peft_config)  # the path may be that of an adapter
     elif quantization_config is not None:
         raise ValueError("`quantization_config` is for a model that is given by its path: this one is loaded already.")
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(
