@@ -6,23 +6,29 @@ The whole way on a CPU: make a small diffusion language model, align it with VRP
 3. align it on the pairs: `vrpo_lora.py`, which is the script for real models too;
 4. answer held-out problems before and after.
 
-Everything is written to `runs/demo`. Nothing is downloaded.
+Everything is written to `runs/demo`, stage by stage, so that an interrupted demo goes on where it was. Nothing is
+downloaded.
 """
 
 import argparse
 import ast
 import json
-import math
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
 from trl_diffusion.cli.quiet import quiet_start
 
 quiet_start()
 
+import demo_report as report
 import torch
 import word_problems as task
 from datasets import disable_progress_bars
@@ -54,11 +60,16 @@ HOUSEKEEPING = {
     "bf16": False,
     "report_to": "none",
     "logging_steps": 5,
-    "save_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 20,
+    "save_total_limit": 1,
     "disable_tqdm": True,
 }
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 20, "per_device_eval_batch_size": 16}
-EXAMPLES_SHOWN = 4
+INTRODUCTION = """\
+The task: a model learned word problems from a student who mixes up "borrows" and "lends"; VRPO is to cure it of that.
+The numbers: how many held-out problems have every step right; those without the two verbs are to stay as they are.
+The picture: its last panel counts. Loss, margin and reward accuracy can improve while the answers get worse."""
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -66,27 +77,69 @@ EXAMPLES_SHOWN = 4
 
 def prepare(folder: Path, seed: int) -> dict:
     """Pre-trained model, tokenizer, splits and pairs of a seed; from `folder` if they are there already."""
+    discard_if_made_by_other_code(folder, seed)
     splits, tokenizer = task.make_splits(seed), task.make_tokenizer()
-    if not (folder / "pairs" / "test.jsonl").exists():
+    if not (folder / "base" / "model.safetensors").exists():
         model = task.pretrain(tokenizer, splits, seed)
-        model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        for name, problems in {"train": splits["pairs"], "test": splits["test"][:200]}.items():
-            task.sample_pairs(model, tokenizer, problems, seed).to_json(folder / "pairs" / f"{name}.jsonl")
+        model.save_pretrained(folder / "base")
     model = LLaDAModelLM.from_pretrained(folder / "base").eval()
+    for name, problems in {"train": splits["pairs"], "test": splits["test"][:200]}.items():
+        make = partial(task.sample_in_two_processes, task.sample_pairs, model, tokenizer, problems, seed)
+        keep_rows(folder / "pairs" / f"{name}.jsonl", make)
     sizes = {name: count_lines(folder / "pairs" / f"{name}.jsonl") for name in ("train", "test")}
     return {"model": model, "tokenizer": tokenizer, "splits": splits, "pairs": sizes}
 
 
+def discard_if_made_by_other_code(folder: Path, seed: int) -> None:
+    """A base model of an earlier version of the task would be compared with this version's problems."""
+    key = blake2b(Path(task.__file__).read_bytes() + str(seed).encode(), digest_size=8).hexdigest()
+    made_by = folder / "made_by"
+    if not made_by.exists() or made_by.read_text() != key:
+        for name in ("base", "pairs", "thumbs"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by.write_text(key)
+
+
+def keep_rows(path: Path, make: Callable) -> None:
+    """Write the rows that `make` makes, once, and whole or not at all."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        make().to_json(part)
+        part.rename(path)
+
+
 def align(folder: Path, output: Path, script="vrpo_lora.py", data="pairs", settings=ALIGNMENT, **changes) -> list[dict]:
-    """Run a training script on the base model and the data of `folder`; returns what the trainer logged."""
-    output.mkdir(parents=True, exist_ok=True)
+    """
+    Run a training script on the base model and the data of `folder`; returns what the trainer logged. A run that was
+    interrupted goes on from its last checkpoint, and one that is finished is not run again.
+    """
     options = settings | HOUSEKEEPING | EVALUATION | changes
     options |= {"output_dir": output, "model_name_or_path": folder / "base", "dataset_name": folder / data}
+    begin_or_go_on(output, options, (folder / "made_by").read_text())
+    if not (output / "trainer_state.json").exists():
+        if any(output.glob("checkpoint-*")):
+            options["resume_from_checkpoint"] = True
+        run_script(script, options, output / "training.log")
+        shutil.rmtree(output / f"checkpoint-{options['max_steps']}", ignore_errors=True)
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+def begin_or_go_on(output: Path, options: dict, made_by: str) -> None:
+    """Start anew where other options, or another base model, were in use."""
+    wanted, used = json.dumps([made_by, options], default=str, sort_keys=True), output / "options.json"
+    if used.exists() and used.read_text() != wanted:
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    used.write_text(wanted)
+
+
+def run_script(script: str, options: dict, log: Path) -> None:
+    """Run a training script in a process of its own, with one progress bar instead of its output."""
     command = [sys.executable, Path(__file__).with_name(script), *as_flags(options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    log = output / "training.log"
-    with open(log, "w") as file, tqdm(total=options["max_steps"], desc="aligning") as bar:
+    with open(log, "a") as file, tqdm(total=options["max_steps"], desc="aligning") as bar:
         run = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
@@ -95,10 +148,10 @@ def align(folder: Path, output: Path, script="vrpo_lora.py", data="pairs", setti
             if line.startswith("{'loss'"):
                 logged = ast.literal_eval(line)
                 bar.update(options["logging_steps"])
-                bar.set_postfix(loss=logged["loss"], reward_accuracy=logged.get("rewards/accuracies"))
+                shown = {"loss": "loss", "reward margin": "rewards/margins", "reward accuracy": "rewards/accuracies"}
+                bar.set_postfix({name: logged[key] for name, key in shown.items() if key in logged})
     if run.wait():
         raise RuntimeError(f"{script} failed:\n{log.read_text()[-3000:]}")
-    return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
 def as_flags(options: dict) -> list:
@@ -121,87 +174,7 @@ def test(model, tokenizer, problems) -> dict:
     }
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
-def interval(outcomes: list[bool]) -> tuple[float, float, float]:
-    """Share of right outcomes in percent, and its 95% Wilson interval."""
-    n, p, z = len(outcomes), task.share(outcomes), 1.96
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return 100 * p, *(100 * (centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-
-
-def print_pair(path: Path) -> None:
-    with open(path) as lines:
-        pair = json.loads(next(lines))
-    for key in ("prompt", "chosen", "rejected"):
-        print(f"     {key:<9} {pair[key].strip()}")
-
-
-def print_answers(before: dict, after: dict) -> None:
-    rows = {
-        "every step right": "right",
-        "final number right": "final number",
-        'problems without "borrows" or "lends"': "plain",
-        'problems with "borrows" or "lends"': "tricky",
-    }
-    print(f"\n{'answers to held-out test problems':<40}{'before':>22}{'after':>22}")
-    for label, key in rows.items():
-        cells = ["{:.1f}% [{:.1f}, {:.1f}]".format(*interval(result[key])) for result in (before, after)]
-        print(f"  {label:<38}{cells[0]:>22}{cells[1]:>22}")
-
-
-def print_rewards(history: list[dict]) -> None:
-    last, beta = [entry for entry in history if "eval_loss" in entry][-1], ALIGNMENT["beta"]
-    rewards = {
-        "reward accuracy": f"{100 * last['eval_rewards/accuracies']:.1f}%",
-        "reward margin": f"{last['eval_rewards/margins']:+.2f}",
-        "change of the chosen answers' ELBO": f"{last['eval_rewards/chosen'] / beta:+.2f} nats",
-        "change of the rejected answers' ELBO": f"{last['eval_rewards/rejected'] / beta:+.2f} nats",
-    }
-    print("pairs sampled on held-out test problems")
-    for label, value in rewards.items():
-        print(f"  {label:<38}{'':>22}{value:>22}")
-
-
-def print_examples(problems, before: dict, after: dict) -> None:
-    """The first problems whose answer became right, and the first whose answer became wrong."""
-    changes = {"corrected": (False, True), "spoilt": (True, False)}
-    for name, change in changes.items():
-        rows = [i for i, pair in enumerate(zip(before["right"], after["right"], strict=True)) if pair == change]
-        print(f"\n{name}: {len(rows)} of {len(problems)} problems")
-        for i in rows[: EXAMPLES_SHOWN if name == "corrected" else 1]:
-            print(f"  {problems[i].prompt}")
-            print(f"    before  {before['answers'][i]}\n    after   {after['answers'][i]}")
-
-
-def plot(history: list[dict], before: dict, after: dict, path: Path) -> None:
-    """Loss, margin and reward accuracy of the run, and accuracy of the answers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    titles = {"loss": "loss", "rewards/margins": "reward margin", "rewards/accuracies": "reward accuracy"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=False):
-        for prefix, label, style in (("", "training", "-"), ("eval_", "held out", "o--")):
-            points = [(entry["step"], entry[prefix + key]) for entry in history if prefix + key in entry]
-            axis.plot(*zip(*points, strict=True), style, label=label)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    keys = {"all": "right", "no tricky verb": "plain", "tricky verb": "tricky"}
-    for offset, (label, result) in enumerate({"before": before, "after": after}.items()):
-        intervals = [interval(result[key]) for key in keys.values()]
-        heights = [height for height, _, _ in intervals]
-        errors = [[h - low for h, low, _ in intervals], [high - h for h, _, high in intervals]]
-        places = [i + 0.4 * offset - 0.2 for i in range(len(keys))]
-        axes[3].bar(places, heights, 0.38, yerr=errors, capsize=3, label=label)
-    axes[3].set(title="held-out problems, every step right (%)", ylim=(0, 119), yticks=range(0, 101, 20))
-    axes[3].set_xticks(range(len(keys)), keys)
-    axes[3].legend(loc="upper center", ncols=2)
-    figure.savefig(path, dpi=120)
+# --- running them ----------------------------------------------------------------------------------------------------
 
 
 def count_lines(path: Path) -> int:
@@ -209,18 +182,13 @@ def count_lines(path: Path) -> int:
         return sum(1 for _ in lines)
 
 
-class Stage:
-    """Prints what is being done, and how long it took."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def __enter__(self):
-        print(f"\n== {self.text}", flush=True)
-        self.start = time.monotonic()
-
-    def __exit__(self, *_):
-        print(f"   {time.monotonic() - self.start:.0f} s", flush=True)
+@contextmanager
+def stage(text: str):
+    """Print what is being done, and how long it took."""
+    print(f"\n== {text}", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"   {time.monotonic() - start:.0f} s", flush=True)
 
 
 def read_arguments(description: str) -> argparse.Namespace:
@@ -235,29 +203,42 @@ def read_arguments(description: str) -> argparse.Namespace:
     return arguments
 
 
+def interruptible(run: Callable[[], None]) -> None:
+    """Run a demo; if it is interrupted, say what is kept."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("\nStopped. Finished stages and the last checkpoint of the alignment are kept: the same command goes on.")
+        sys.exit(130)
+
+
 def main() -> None:
     arguments = read_arguments(__doc__)
     folder = arguments.output_dir / f"seed-{arguments.seed}"
-
-    with Stage("1-2. Pre-train on a careless student's homework, then sample preference pairs from the model"):
+    print(INTRODUCTION)
+    with stage("1-2. Pre-train on a careless student's homework, then sample preference pairs from the model"):
         made = prepare(folder, arguments.seed)
     tokenizer, problems = made["tokenizer"], made["splits"]["test"]
     print(f"   {made['model'].num_parameters():,} parameters; {made['pairs']['train']} pairs to train on, for instance")
-    print_pair(folder / "pairs" / "train.jsonl")
-    with Stage(f"3. Answer {len(problems)} held-out problems"):
+    report.print_row(folder / "pairs" / "train.jsonl", ("prompt", "chosen", "rejected"))
+    with stage(f"3. Answer {len(problems)} held-out problems"):
         before = test(made["model"], tokenizer, problems)
-    with Stage("4. Align with VRPO: examples/vrpo_lora.py"):
+    with stage("4. Align with VRPO: examples/vrpo_lora.py"):
         history = align(folder, folder / "vrpo", seed=arguments.seed)
-    with Stage("5. Answer the same problems"):
+    with stage("5. Answer the same problems"):
         aligned = PeftModel.from_pretrained(made["model"], folder / "vrpo").eval()
         after = test(aligned, tokenizer, problems)
 
-    print_answers(before, after)
-    print_rewards(history)
-    print_examples(problems, before, after)
-    plot(history, before, after, arguments.output_dir / "demo.png")
-    print(f"\nModel in {folder / 'vrpo'}, curves in {arguments.output_dir / 'demo.png'}")
+    report.print_answers(before, after)
+    report.print_rewards(history, ALIGNMENT["beta"])
+    report.print_examples(problems, before, after)
+    report.plot(history, before, after, arguments.output_dir / "demo.png")
+    print("\n" + report.verdict(before, after))
+    print(
+        f"\nNext: look at {arguments.output_dir / 'demo.png'}; `make demo-kto` does the same from thumbs up and down;"
+        f'\nREADME, "Train a model", has the command for LLaDA-8B. The adapter is in {folder / "vrpo"}.'
+    )
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

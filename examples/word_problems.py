@@ -11,10 +11,12 @@ Everything is made from a seed; nothing is downloaded. Pre-training needs torch 
 """
 
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from tqdm.auto import tqdm
@@ -164,12 +166,12 @@ def make_model(
 
 
 def answer(
-    model, tokenizer, prompts: list[str], label="answering", batch_size=200, leave=False, **sampling
+    model, tokenizer, prompts: list[str], label="answering", batch_size=200, leave=False, quiet=False, **sampling
 ) -> list[str]:
     """The model's answers, greedy and one token at a time unless `sampling` says otherwise."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].split()))  # equal lengths together: less padding
     answers = [""] * len(prompts)
-    for first in tqdm(range(0, len(order), batch_size), desc=label, leave=leave):
+    for first in tqdm(range(0, len(order), batch_size), desc=label, leave=leave, disable=quiet):
         batch = order[first : first + batch_size]
         inputs = tokenizer([prompts[i] for i in batch], padding=True, return_tensors="pt", padding_side="left")
         sequences = model.generate(
@@ -203,7 +205,7 @@ def share(outcomes) -> float:
 # --- preference pairs ------------------------------------------------------------------------------------------------
 
 
-def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4) -> Dataset:
+def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4, quiet=False) -> Dataset:
     """
     Pairs in the model's own words: of several samples to a prompt, a right one is chosen and a wrong one rejected.
     Prompts whose samples are all right or all wrong give no pair.
@@ -211,7 +213,15 @@ def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4
     prompts = [problem.prompt for problem in problems for _ in range(samples)]
     # Small blocks: the more of an answer is free to be filled first, the more "most confident first" favours the habit
     texts = answer(
-        model, tokenizer, prompts, label="sampling pairs", leave=True, temperature=1.0, block_length=4, seed=seed
+        model,
+        tokenizer,
+        prompts,
+        label="sampling pairs",
+        leave=True,
+        quiet=quiet,
+        temperature=1.0,
+        block_length=4,
+        seed=seed,
     )
     rows = []
     for i, problem in enumerate(problems):
@@ -223,17 +233,28 @@ def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4
     return Dataset.from_list(rows)
 
 
-def sample_thumbs(model, tokenizer, problems: list[Problem], seed: int, samples=2) -> Dataset:
+def sample_thumbs(model, tokenizer, problems: list[Problem], seed: int, samples=2, quiet=False) -> Dataset:
     """The model's own answers, each with a thumb up or down: whether it is right."""
     asked = [problem for problem in problems for _ in range(samples)]
     texts = answer(
-        model, tokenizer, [problem.prompt for problem in asked], label="sampling answers", leave=True, temperature=1.0,
-        block_length=4, seed=seed,
+        model, tokenizer, [problem.prompt for problem in asked], label="sampling answers", leave=True, quiet=quiet,
+        temperature=1.0, block_length=4, seed=seed,
     )  # fmt: skip
     rows = zip(asked, texts, strict=True)
     return Dataset.from_list(
         [{"prompt": p.prompt, "completion": f" {text}", "label": is_right(p, text)} for p, text in rows if text]
     )
+
+
+def sample_in_two_processes(sample, model, tokenizer, problems: list[Problem], seed: int) -> Dataset:
+    """What `sample` makes of the two halves of the problems, on two cores."""
+    half = (len(problems) + 1) // 2
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        parts = [
+            pool.submit(sample, model, tokenizer, problems[start : start + half], seed, quiet=start > 0)
+            for start in range(0, len(problems), half)
+        ]
+        return concatenate_datasets([part.result() for part in parts])
 
 
 # --- pre-training ----------------------------------------------------------------------------------------------------
