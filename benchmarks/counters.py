@@ -1,51 +1,15 @@
 """Costs that can be counted instead of timed, so that they do not depend on what else the machine does."""
 
 import platform
-import weakref
 from importlib.metadata import version
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_diffusion import MaskSampler
+from trl_diffusion.planning.live_bytes import LiveBytes
 
-
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the storages made inside the block that were alive at once, and the largest one."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.largest = 0, 0, 0
-        self.seen = weakref.WeakValueDictionary()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for storage in _storages((*args, *kwargs.values())):
-            self.seen.setdefault(storage._cdata, storage)  # not made here: a weight, whose views are results below
-        result = func(*args, **kwargs)
-        for storage in _storages((result,)):
-            if storage._cdata not in self.seen:
-                self._count(storage)
-        return result
-
-    def _count(self, storage):
-        self.seen[storage._cdata] = storage
-        size = storage.nbytes()
-        self.live += size
-        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size):
-        self.live -= size
-
-
-def _storages(values):
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value.untyped_storage()
-        elif isinstance(value, (tuple, list)):
-            yield from _storages(value)
+__all__ = ["HidesEverything", "LiveBytes", "machine", "matmul_flops"]
 
 
 class HidesEverything(MaskSampler):

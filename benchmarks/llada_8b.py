@@ -163,7 +163,7 @@ def measure(checkpoint: Path, options: dict, args) -> dict:
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:  # what was there before is not counted
-        peak = counter.peak + estimate.blocks + estimate.embeddings + estimate.adapters
+        peak = counter.peak + estimate.weights + estimate.adapters
     seconds = watch.seconds[1:] or watch.seconds  # the first step warms up
     return {
         "peak": peak,

@@ -227,19 +227,19 @@ def test_full_logits_are_never_built():
     assert peak_of_training(model, batch, 4, draws_per_forward=1).largest < length * vocab * 4
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_matrix_products_are_those_that_are_needed(train):
+@pytest.mark.parametrize("mode, linear, projected", [(None, 1, 1), ("immediate", 3, 4), ("checkpoint", 4, 5)])
+def test_matrix_products_are_those_that_are_needed(mode, linear, projected):
     """
     Needed for one draw of T tokens with m masked: the block linears on T tokens and the head on m, once forward; and in
-    training once more forward (checkpointing) and twice backward. The head recomputes its tile in the backward.
+    training twice backward, and once more forward with checkpointing. The head recomputes its tile in the backward.
     """
     model, batch = cost_model(), make_batch((64, 48), prompt=16, vocab=599)
     sampler = MaskSampler(8)
 
     def run():
-        with torch.set_grad_enabled(train):
-            output = scored(model, batch, sampler)
-            if train:
+        with torch.set_grad_enabled(mode is not None):
+            output = scored(model, batch, sampler, elbo_gradient=mode or "auto")
+            if mode:
                 output.log_probs.sum().backward()
 
     counted = matmul_flops(run)
@@ -247,5 +247,4 @@ def test_matrix_products_are_those_that_are_needed(train):
     head = model.get_output_embeddings().weight.numel()
     tokens = 8 * int(batch["attention_mask"].sum())
     masked = int((sampler(batch["labels"] != -100, batch["input_ids"], batch["attention_mask"], 1).masked).sum())
-    passes_linear, passes_head = (4, 5) if train else (1, 1)
-    assert counted == 2 * (passes_linear * linears * tokens + passes_head * head * masked)
+    assert counted == 2 * (linear * linears * tokens + projected * head * masked)

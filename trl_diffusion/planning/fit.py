@@ -37,7 +37,8 @@ def warn_of_memory(trainer: Any) -> None:
 def device_memory(trainer: Any) -> int | None:
     """Bytes of the GPU; None where there is none, or where it holds a part of the weights only."""
     device = trainer.accelerator.device
-    if device.type != "cuda" or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    is_spread = len(set(getattr(trainer.model, "hf_device_map", {}).values())) > 1  # by a `device_map`
+    if device.type != "cuda" or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or is_spread:
         return None
     return torch.cuda.mem_get_info(device)[1]
 
@@ -65,11 +66,11 @@ def estimate_run(trainer: Any) -> MemoryEstimate:
     )
 
 
-def _optimizer_bytes(name: str) -> int:
-    """State per trained weight, by the name of the optimiser: two numbers, unless it says otherwise."""
+def _optimizer_bytes(name: str) -> int | None:
+    """State per trained weight, by the name of the optimiser; none for two numbers in the weight's precision."""
     if "8bit" in name:
         return 2
-    return 0 if name in ("sgd", "adafactor") else 8
+    return 0 if name in ("sgd", "adafactor") else None
 
 
 def longest_example(dataset: Any, completion_columns: tuple[str, ...]) -> tuple[int, int] | None:

@@ -1,24 +1,24 @@
 """
 How much memory a training step will need, by part, before anything is loaded.
 
-The parts are counted, not measured: the weights and adapters of the very architecture, built without memory on torch's
-meta device, and, of one chunk of draws, the tensors that the backward of a Llama block needs. What the number of draws
-does not appear in does not grow with it. Left out: the driver's context and fragmentation (see `RESERVED`), the buckets
-of DDP, and savings by sharding.
+Nothing is modelled: the step itself is run on fake tensors, which have shapes and no numbers, and its live bytes are
+counted (`rehearsal.py`). What is not part of a step of one process is left out: the driver's context and fragmentation
+(see `RESERVED`), the buckets of DDP, savings by sharding, and what the optimiser's own step makes for a moment.
 """
 
-import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from peft import PeftModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..scoring.adapters import with_fitting_targets
-from ..scoring.gradients import GRADIENT_MODES, choose_gradient_mode
+from ..scoring.gradients import GRADIENT_MODES, choose_gradient_mode, trainable_parameters
 from ..scoring.responses import TOKENS_PER_FORWARD, draws_per_chunk
-from .memory_parts import Block, Weights, head_bytes
+from .live_bytes import nbytes
+from .rehearsal import Counted, Step, rehearse
+from .skeleton import tensors_of, without_memory
 
 # What a device holds besides: the driver's context, cuBLAS workspaces, gaps between blocks
 RESERVED = 1_000_000_000
@@ -30,38 +30,28 @@ class MemoryEstimate:
     Bytes of a training step by part. `str()` is a table of them.
 
     Args:
-        blocks: weights of the linear layers of the blocks, quantised or not.
-        embeddings: embedding, output head and norms, never quantised.
+        weights: of the model, quantised or not.
         reference: a second copy of the weights, where the reference is one.
-        adapters: trained weights beside the model's own.
-        gradients: of the trained weights.
+        adapters: weights beside the model's own.
+        gradients: of earlier micro-batches, where they are accumulated.
         optimizer: state of the optimiser.
-        buffers: gradients that wait: of each response (immediate), or of the micro-batch until it is added.
-        activations: what the forward of a chunk keeps for its backward, without attention.
-        attention: the same, of attention. None with layer checkpointing.
-        casts: copies of weights in the precision of the computation.
-        head: logits of masked tokens, and the gradient of their hidden states.
-        backward: what the backward of one block needs besides; with layer checkpointing its activations, computed
-            again. The head's backward comes before, so the total counts the larger of the two.
+        kept: what the forward leaves for the backward of the loss: a gradient for each response (immediate), nearly
+            nothing (checkpoint), or all activations (graph); and casts of weights under autocast.
+        working: what is there besides at the worst moment: activations of a chunk of draws, logits, new gradients.
     """
 
-    blocks: int
-    embeddings: int
+    weights: int
     reference: int
     adapters: int
     gradients: int
     optimizer: int
-    buffers: int
-    activations: int
-    attention: int
-    casts: int
-    head: int
-    backward: int
+    kept: int
+    working: int
 
     @property
     def total(self) -> int:
-        """All parts, those that follow one another counted once."""
-        return sum(getattr(self, field.name) for field in fields(self)) - min(self.head, self.backward)
+        """All parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
 
     def __str__(self) -> str:
         rows = [(field.name, getattr(self, field.name)) for field in fields(self)] + [("total", self.total)]
@@ -69,7 +59,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: PreTrainedConfig,
+    config: PreTrainedConfig | torch.nn.Module,
     *,
     max_length: int = 1024,
     response_length: int | None = None,
@@ -84,110 +74,138 @@ def estimate_memory(
     gradient_accumulation_steps: int = 1,
     elbo_gradient: str = "auto",
     separate_reference: bool | None = None,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: int | None = None,
     device: str = "cuda",
 ) -> MemoryEstimate:
     """
-    Bytes that a training step needs at its peak, for a model made of Llama blocks.
+    Bytes that a training step needs at its peak: the step is run on fake tensors, which takes a few seconds.
 
     Args:
-        config: of the model; [`LLaDAConfig`], or one with the same names. Or a model, whose weights are counted as they
-            are.
+        config: of the model. Or a model, whose weights are counted as they are.
         max_length: tokens of prompt and response together, in the longest example.
         response_length: tokens of its response, which are all hidden in the worst draw; by default all.
         num_responses: responses of a micro-batch: two for each pair, one for each row of unpaired feedback.
         num_mc_samples: draws per response. Without effect, unless they all fit in one chunk or `elbo_gradient="graph"`.
         draws_per_forward: as in the trainers' arguments.
         peft_config: the adapter, as for the trainers; without one all weights are trained.
-        quantization_config: as for the trainers; 4 bits are understood.
+        quantization_config: as for the trainers, of bitsandbytes.
         dtype: of the weights that are not quantised.
         bf16: whether computations run in bfloat16 (autocast), as in the trainers' arguments.
         gradient_checkpointing: as in the trainers' arguments.
         gradient_accumulation_steps: as in the trainers' arguments; it matters whether there are several.
         elbo_gradient: as in the trainers' arguments.
         separate_reference: whether the reference is a copy of the weights; by default, if there is no adapter.
-        optimizer_bytes: state per trained weight: 8 for Adam in float32, 2 for Adam in 8 bits.
-        device: where it runs. On the CPU, TRL's kernel of the output head makes copies of the logits.
+        optimizer_bytes: state per trained weight, 2 for Adam in 8 bits; by default two numbers in the precision of the
+            weight, which is what torch's Adam keeps.
+        device: type of the device it will run on; it does not have to be there. On the CPU, TRL's kernel of the output
+            head makes copies of the logits.
 
     Returns:
         [`MemoryEstimate`].
 
     Raises:
-        ValueError: the configuration has no sizes of Llama blocks, or a value that is not understood.
+        ValueError: a value that is not understood, what is not a model of transformers with an output head, or a model
+            whose step asks for more than shapes.
     """
-    _refuse(max_length, response_length, quantization_config, elbo_gradient)
-    model = config if isinstance(config, torch.nn.Module) else without_memory(config, dtype, peft_config)
-    weights = Weights.of(model, quantization_config)
-    block = Block.of(model, weights, bf16, device)
-    mode, _ = choose_gradient_mode(elbo_gradient, model)
-    tokens = largest_chunk(max_length, num_mc_samples, draws_per_forward)
-    begun = num_mc_samples > draws_per_chunk(max_length, draws_per_forward)  # a sum is there when the last chunk runs
-    in_graphs = num_responses * num_mc_samples * max_length if mode == "graph" else tokens
-    hidden = min(tokens, -(-tokens // max_length) * (response_length or max_length))
-    kept, attention, backward = _per_token(block, weights, max_length, gradient_checkpointing)
-    copied = separate_reference or (separate_reference is None and not weights.is_adapted)
-    return MemoryEstimate(
-        blocks=weights.blocks,
-        embeddings=weights.others,
-        reference=weights.blocks + weights.others if copied else 0,
-        adapters=weights.adapters,
-        gradients=weights.trained,
-        optimizer=weights.num_trained * optimizer_bytes,
-        buffers=_waiting_gradients(mode, weights, num_responses - 1 + begun, gradient_accumulation_steps),
-        activations=in_graphs * kept,
-        attention=in_graphs * attention,
-        casts=block.casts(weights, 1 if gradient_checkpointing else block.number),
-        head=head_bytes(model, hidden, block, device),
-        backward=tokens * backward + weights.largest_quantized * block.compute_bytes,
+    _refuse(max_length, response_length, elbo_gradient)
+    _refuse_model(config, peft_config, quantization_config)
+    model = config
+    if isinstance(config, PreTrainedConfig):
+        model = without_memory(config, dtype, peft_config, quantization_config)
+    _refuse_headless(model)
+    length = length_of_largest_chunk(model, max_length, num_mc_samples, draws_per_forward)
+    step = Step(
+        length=length,
+        response_length=min(length, response_length or max_length),
+        num_responses=num_responses,
+        num_mc_samples=num_mc_samples,
+        draws_per_forward=draws_per_forward,
+        elbo_gradient=choose_gradient_mode(elbo_gradient, model, num_responses=num_responses)[0],
+        bf16=bf16,
+        layers=gradient_checkpointing,
+        accumulates=gradient_accumulation_steps > 1,
+        is_on_gpu=device != "cpu",
     )
+    return _by_part(model, step, _rehearse(model, step), separate_reference, optimizer_bytes)
 
 
-def _refuse(max_length: int, response_length: int | None, quantization_config: Any, elbo_gradient: str) -> None:
+def _refuse_model(config: Any, peft_config: Any, quantization_config: Any) -> None:
+    if isinstance(config, PreTrainedConfig):
+        return
+    if not isinstance(config, PreTrainedModel | PeftModel):
+        name = type(config).__name__
+        raise ValueError(f"`config` must be a configuration or a model of transformers, or a PEFT model, got {name}.")
+    for name, given in (("peft_config", peft_config), ("quantization_config", quantization_config)):
+        if given is not None:
+            raise ValueError(
+                f"`{name}` is for a configuration, and a model was passed, which is counted as it is. Pass "
+                "`model.config`, or the model with its adapter (`peft.get_peft_model`), loaded as it will be trained."
+            )
+
+
+def _refuse(max_length: int, response_length: int | None, elbo_gradient: str) -> None:
     if not 1 <= (response_length or max_length) <= max_length:
         raise ValueError(
             f"`response_length` must be at least 1 and at most `max_length`, got response_length={response_length} and "
             f"max_length={max_length}."
         )
-    if quantization_config is not None and not getattr(quantization_config, "load_in_4bit", False):
-        raise ValueError(
-            f"`quantization_config` must be one with `load_in_4bit=True`, got {quantization_config}. To estimate for "
-            "another, pass the loaded model instead of its configuration."
-        )
     if elbo_gradient not in GRADIENT_MODES:
         raise ValueError(f"`elbo_gradient` must be one of {GRADIENT_MODES}, got {elbo_gradient!r}.")
 
 
-def _per_token(block: Block, weights: Weights, length: int, gradient_checkpointing: bool) -> tuple[int, int, int]:
-    """Bytes that are kept until the backward, those of attention among them apart, and those that it needs besides."""
-    kept, attention = block.kept(weights), block.kept_by_attention(length)
-    around = (4 + 2 * block.weight_bytes) * block.width  # the last norm, what goes in, what comes out
-    if gradient_checkpointing:
-        inputs = block.number * block.width * block.weight_bytes
-        return inputs + around, 0, kept + attention + block.in_backward
-    return block.number * kept + around, block.number * attention, block.in_backward
+def _refuse_headless(model: Any) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if base.get_output_embeddings() is None or base.base_model is base:
+        raise ValueError(f"`{type(base).__name__}` has no output head over a backbone, so there is nothing to score.")
 
 
-def _waiting_gradients(mode: str, weights: Weights, num_sums: int, gradient_accumulation_steps: int) -> int:
-    if mode == "immediate":
-        return num_sums * weights.num_trained * 4  # in float32, one for each response
-    return weights.trained if gradient_accumulation_steps > 1 else 0
+def _rehearse(model: Any, step: Step) -> Counted:
+    try:
+        return rehearse(model, step)
+    except Exception as error:  # of any code that a model may run
+        raise ValueError(
+            f"A step of `{type(model).__name__}` cannot be counted, since it does not run on tensors without numbers "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
-def without_memory(config: PreTrainedConfig, dtype: str, peft_config: Any) -> torch.nn.Module:
-    """The model on the meta device, with its adapter."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-        if peft_config is None:
-            return model
-        # A copy: PEFT writes the model's name into it
-        return get_peft_model(model, with_fitting_targets(model, copy.deepcopy(peft_config)))
+def _by_part(
+    model: torch.nn.Module,
+    step: Step,
+    counted: Counted,
+    separate_reference: bool | None,
+    optimizer_bytes: int | None,
+) -> MemoryEstimate:
+    trained = trainable_parameters(model)
+    adapters = nbytes(_adapters(model))
+    weights = nbytes(tensors_of(model)) - adapters
+    is_copied = not adapters if separate_reference is None else separate_reference
+    return MemoryEstimate(
+        weights=weights,
+        reference=weights if is_copied else 0,
+        adapters=adapters,
+        gradients=nbytes(trained) if step.accumulates else 0,
+        optimizer=2 * nbytes(trained) if optimizer_bytes is None else optimizer_bytes * sum(p.numel() for p in trained),
+        kept=counted.kept,
+        working=counted.peak - counted.kept,
+    )
 
 
-def largest_chunk(longest: int, num_mc_samples: int, draws_per_forward: int | None) -> int:
-    """Tokens of the largest chunk that responses of up to `longest` tokens make; shorter ones may fill the budget."""
-    if draws_per_forward is not None:
-        return min(draws_per_forward, num_mc_samples) * longest
-    return max(longest, min(TOKENS_PER_FORWARD, num_mc_samples * longest))
+def _adapters(model: Any) -> Iterable[torch.Tensor]:
+    if not isinstance(model, PeftModel):
+        return []
+    own = (model.base_model.prefix, "modules_to_save.")
+    return [weight for name, weight in model.named_parameters() if any(part in name for part in own)]
+
+
+def length_of_largest_chunk(model: Any, longest: int, num_mc_samples: int, draws_per_forward: int | None) -> int:
+    """Of responses of up to `longest` tokens, the length whose chunk holds most: of a shorter one more draws fit."""
+    draws = draws_per_chunk(longest, draws_per_forward)
+    shorter = TOKENS_PER_FORWARD // (draws + 1)
+    if draws_per_forward is not None or draws >= num_mc_samples or not shorter:
+        return longest
+    power = 2 if model.config._attn_implementation == "eager" else 1  # scores of all pairs of tokens are kept
+    return max((longest, shorter), key=lambda length: draws_per_chunk(length, None) * length**power)
 
 
 def shortage(estimate: MemoryEstimate, available: int, remedies: list[str]) -> str | None:

@@ -6,7 +6,7 @@ gradient of a response's ELBO does not depend on the loss, and can be had before
 
 - `"immediate"`: forward and backward per chunk of draws, inside the forward. What is kept is one gradient per response,
   the size of the trainable weights; the backward of the loss only scales and adds. Nothing is computed twice. For
-  adapters, whose gradient is small.
+  adapters and small models, whose gradient is small.
 - `"checkpoint"`: nothing is kept but the inputs of each chunk, and its forward is run again in the backward. Works
   wherever autograd does; one more forward.
 - `"graph"`: plain autograd, every chunk's activations kept. Memory grows with the number of draws: for comparison.
@@ -32,14 +32,24 @@ SHARDED = "the weights are sharded (FSDP, ZeRO-3) and gathered by hooks that an 
 SCALED = "the loss is scaled (fp16), and an inner backward runs before the scale is known"
 
 
-def choose_gradient_mode(mode: str, model: torch.nn.Module, obstacle: str = "") -> tuple[str, str]:
+# Bytes of waiting gradients that any device has room for
+SMALL = 1_000_000_000
+
+
+def choose_gradient_mode(
+    mode: str, model: torch.nn.Module, obstacle: str = "", num_responses: int = 2
+) -> tuple[str, str]:
     """
-    What a mode means for a model, and why: `"auto"` is immediate where only an adapter is trained, else checkpoint.
+    What a mode means for a model, and why.
+
+    `"auto"` is decided by bytes: immediate if the gradients that wait, one in float32 for each response, take at most
+    a quarter of the bytes of the weights, or at most a gigabyte; else checkpoint, which costs one more forward.
 
     Args:
         mode: one of [`GRADIENT_MODES`].
         model: whose weights are trained.
         obstacle: what else is known against an immediate gradient.
+        num_responses: responses of a micro-batch.
 
     Raises:
         ValueError: `"immediate"` where it cannot be exact.
@@ -52,10 +62,17 @@ def choose_gradient_mode(mode: str, model: torch.nn.Module, obstacle: str = "") 
         return mode, "it was asked for"
     if obstacle:
         return "checkpoint", obstacle
-    trainable = sum(p.numel() for p in trainable_parameters(model))
-    if 2 * trainable < sum(p.numel() for p in model.parameters()):
-        return "immediate", "only an adapter is trained, and its weights are not sharded"
-    return "checkpoint", "most weights are trained, and a gradient of them for each response would not fit"
+    waiting = waiting_bytes(model, num_responses)
+    room = max(SMALL, sum(p.nbytes for p in model.parameters()) // 4)
+    what = f"a gradient for each of {num_responses} responses takes {waiting / 1e9:.2f} GB"
+    if waiting <= room:
+        return "immediate", f"{what}, which is little (at most {room / 1e9:.2f})"
+    return "checkpoint", f"{what}, which is much (more than {room / 1e9:.2f})"
+
+
+def waiting_bytes(model: torch.nn.Module, num_responses: int) -> int:
+    """Of the gradients that wait for the loss in immediate mode: one in float32 for each response."""
+    return 4 * num_responses * sum(parameter.numel() for parameter in trainable_parameters(model))
 
 
 def refuse_immediate(obstacle: str) -> None:
@@ -151,22 +168,31 @@ class _Known(torch.autograd.Function):
         gradients: Sequence[Gradient],
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.maskable, ctx.gradients, ctx.dtypes = maskable, gradients, [parameter.dtype for parameter in parameters]
+        # Saved as autograd saves its own: freed after the backward, with its message for a second one
+        ctx.save_for_backward(maskable, *(gradient for row in gradients for gradient in row))
+        ctx.dtypes = [parameter.dtype for parameter in parameters]
         return terms.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scales = grad_output.gather(1, ctx.maskable.int().argmax(1, keepdim=True))  # (B, 1), of the first token
-        if bool((((grad_output - scales).abs() > 0) & ctx.maskable).any()):
+        maskable, *gradients = ctx.saved_tensors
+        scales = grad_output.gather(1, maskable.int().argmax(1, keepdim=True))  # (B, 1), of the first token
+        if bool((((grad_output - scales).abs() > 0) & maskable).any()):
             raise ValueError(
                 "`elbo_gradient='immediate'` knows the gradient of a response's ELBO, and this loss weighs the tokens "
                 "of a response differently. Set `elbo_gradient='checkpoint'`."
             )
-        totals: list[torch.Tensor | None] = []
-        for dtype, rows in zip(ctx.dtypes, zip(*ctx.gradients, strict=True), strict=True):
-            # The weights of one model may lie on several devices
-            scaled = [scale.to(row.device) * row for scale, row in zip(scales, rows, strict=True) if row is not None]
-            totals.append(torch.stack(scaled).sum(0).to(dtype) if scaled else None)
-        del ctx.gradients
+        number = len(ctx.dtypes)
+        totals = [_weighted_sum(scales, gradients[i::number], dtype) for i, dtype in enumerate(ctx.dtypes)]
         return (None, None, None, *totals)
+
+
+def _weighted_sum(scales: torch.Tensor, rows: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor | None:
+    """Of the gradients of one weight, row by row, so that one more is all that is held."""
+    total: torch.Tensor | None = None
+    for scale, row in zip(scales, rows, strict=True):
+        if row is not None:
+            scale = scale.to(row.device)  # the weights of one model may lie on several devices
+            total = row * scale if total is None else total.addcmul_(row, scale)
+    return None if total is None else total.to(dtype)

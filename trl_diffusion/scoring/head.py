@@ -12,7 +12,7 @@ All K forwards happen inside one call of the wrapped model, so DDP and FSDP see 
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import Any
@@ -34,7 +34,7 @@ from .gradients import (
     trainable_parameters,
 )
 from .output_head import token_log_probs
-from .responses import Chunk, cut, place
+from .responses import Chunk, Response, cut, place
 from .sharding import Backbone, is_partitioned, recomputed_hidden_states
 
 # The draws of precomputed reference values and of evaluation. Training steps count from one.
@@ -116,28 +116,41 @@ class ELBOHead:
         return output
 
     def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
-        mode = self._gradient_mode(model)
+        return self.score(model, cut(input_ids, real, draws, self.draws_per_forward), maskable, draws)
+
+    def score(
+        self, model: PreTrainedModel, responses: Sequence[Response], maskable: torch.Tensor, draws: MaskDraws
+    ) -> ELBO:
+        """
+        Score responses that were cut already. Nothing here asks the device for a value but whether all are finite.
+
+        Args:
+            model: a denoiser with a backbone and an output head.
+            responses: of a batch.
+            maskable: `(B, L)` bool, the tokens of each response.
+            draws: what the responses were cut with.
+        """
+        mode, length = self._gradient_mode(model, len(responses)), maskable.shape[1]
         backbone = hidden_states
         if mode == "checkpoint" and is_partitioned(model.get_output_embeddings()):
             backbone, mode = recomputed_hidden_states, "graph"
-        responses = cut(input_ids, real, draws, self.draws_per_forward)
         scores = [partial(_score_draws, model, backbone, response.ids, self.mask_token_id) for response in responses]
         chunks = [response.chunks for response in responses]
         if mode != "immediate":
             scored = [score_with_graph(*each, mode) for each in zip(scores, chunks, strict=True)]
-            return weigh(place(scored, responses, input_ids.shape[1]), draws)
+            return weigh(place(scored, responses, length), draws)
         parameters = trainable_parameters(model)  # of this step: a callback may have frozen or freed some
         known = [score_with_gradient(*each, parameters) for each in zip(scores, chunks, strict=True)]
-        elbo = weigh(place([log_probs for log_probs, _ in known], responses, input_ids.shape[1]), draws)
+        elbo = weigh(place([log_probs for log_probs, _ in known], responses, length), draws)
         gradients = [gradient for _, gradient in known]
         return replace(elbo, terms=carry_gradients(elbo.terms, maskable, gradients, parameters))
 
-    def _gradient_mode(self, model) -> str:
+    def _gradient_mode(self, model, num_responses) -> str:
         """How to differentiate: settled at the first forward with a gradient, when the weights are in place."""
         if not torch.is_grad_enabled():
             return "graph"
         if model not in self._chosen:
-            mode, reason = choose_gradient_mode(self.elbo_gradient, model, self.obstacle)
+            mode, reason = choose_gradient_mode(self.elbo_gradient, model, self.obstacle, num_responses)
             self._chosen[model] = mode
             if self.elbo_gradient == "auto" and self.announce is not None:
                 self.announce(f"`elbo_gradient='auto'` is {mode!r} here: {reason}.")

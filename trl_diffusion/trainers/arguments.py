@@ -102,10 +102,11 @@ class ELBOArguments:
         default="auto",
         metadata={
             "help": "How the gradient of an ELBO is computed. `'immediate'`: forward and backward of each draw at "
-            "once, one adapter-sized buffer per response, nothing computed twice; for adapters on one device or under "
-            "DDP. `'checkpoint'`: nothing kept, each forward run again; for full training and sharded weights. "
-            "`'graph'`: plain autograd, whose memory grows with `num_mc_samples`. `'auto'` picks one of the first two. "
-            "All give the same gradient.",
+            "once, one gradient in float32 kept for each response of the micro-batch, nothing computed twice; not for "
+            "sharded weights. `'checkpoint'`: nothing kept, each forward run again. `'graph'`: plain autograd, whose "
+            "memory grows with `num_mc_samples`. `'auto'` is `'immediate'` where these gradients take at most a "
+            "quarter of the bytes of the weights, or at most a gigabyte, and else `'checkpoint'`. All give the same "
+            "gradient.",
             "choices": list(GRADIENT_MODES),
         },
     )
