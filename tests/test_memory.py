@@ -284,6 +284,24 @@ def test_the_largest_chunk_is_that_of_any_length():
     assert length_of_largest_chunk(eager, 1000, 8, None) == 1000  # a million scores, and not twice a quarter
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_model_and_the_generator_are_left_alone(device):
+    """A rehearsal works on a copy and draws nothing, although dropout is on and layers are checkpointed."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)
+    model = get_peft_model(make_model(attn_implementation="eager"), lora).eval()
+
+    def all_of_it():
+        hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+        flags = [getattr(m, "gradient_checkpointing", None) for m in model.modules()]
+        return hooks, flags, [(id(p), p.requires_grad, p.grad) for p in model.parameters()]
+
+    before, weights, state = all_of_it(), [p.clone() for p in model.parameters()], torch.get_rng_state()
+    estimate_memory(model, max_length=8, device=device, elbo_gradient="checkpoint")
+    assert all_of_it() == before and torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
 # What a GPU does otherwise
 
 
