@@ -216,6 +216,7 @@ LATER = {
     "a column less": ({"rejected": ...}, "In row 1 of the train dataset there is no `rejected`"),
     "messages": ({"chosen": [ASSISTANT]}, "In row 1 .* `chosen` holds messages and other columns or rows hold a text"),
     "label None": ({"label": None}, "In row 1 .* `label` is not True .*got None"),
+    "no label": ({"label": ...}, "In row 1 .* `label` is not True .*got None"),
     "label rating": ({"label": 3}, "In row 1 .* `label` is not True .*got 3"),
     "label sign": ({"label": -1}, "In row 1 .* `label` is not True .*got -1"),
     "label number": ({"label": 1.0}, "In row 1 .* `label` is not True .*got 1.0"),
@@ -290,6 +291,11 @@ TEMPLATES = {
         "{% for m in messages %}{{ m.content[:1] }} {% endfor %}",
         "leaves out what the assistant says",
     ),
+    "that opens a turn": (
+        "{% for m in messages %}<|start_header_id|> {{ m.role }} <|end_header_id|> {{ m.content }} <|eot_id|> "
+        "{% endfor %}<|start_header_id|> assistant <|end_header_id|> ",
+        "opens an assistant turn after every conversation.*only with `add_generation_prompt=True`",
+    ),
     "that raises": (
         "{{ raise_exception('no system role') }}",
         "cannot write the conversation: TemplateError: no system",
@@ -339,7 +345,10 @@ GIVEN = {
         "tokenizer makes the token 2., and the model's vocabulary has 20",
     ),
     "no tokenizer": ({"processing_class": None}, "`processing_class` is required with a model that was made in memory"),
-    "tokenizer by name": ({"processing_class": "some/model"}, "`processing_class` must be either a"),
+    "tokenizer by name": (
+        {"processing_class": "some/model"},
+        "`processing_class` must be a tokenizer of transformers or None, got `str`",
+    ),
     "mask as end": (
         {"processing_class": with_token(eos_token="<|mdm_mask|>")},
         "`tokenizer.eos_token` is the mask token .2.",

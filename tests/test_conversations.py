@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from test_trainers import make_trainer
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
+from trl_diffusion.models.chat_template import leaves_turns_open
 
 TRUST = Path(__file__).parent.parent / "docs" / "trust.md"
 HEADER = "<|start_header_id|> assistant <|end_header_id|>"
@@ -172,3 +173,23 @@ def test_special_tokens_in_words_are_warned_of_and_can_be_dropped(tmp_path, capl
     with caplog.at_level(logging.WARNING):
         kept = make_trainer(tmp_path, dataset=scope["dataset"]).train_dataset
     assert len(kept) == 2 and not any("special token" in record.getMessage() for record in caplog.records)
+
+
+OPEN = {  # template, whether it opens a turn that nobody asked for
+    HUB_TEMPLATE: True,
+    CALLS: False,
+    "{% for m in messages %}{{ m.content }} <|eot_id|> {% endfor %}": False,  # without roles
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}": False,  # never opens one
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}assistant: ": True,
+    "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}": (
+        False
+    ),
+    "{{ raise_exception('no') }}": False,  # said with the row
+}
+
+
+@pytest.mark.parametrize("template", OPEN)
+def test_a_template_that_leaves_a_turn_open_is_recognised_by_what_it_writes(template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    assert leaves_turns_open(tokenizer) == OPEN[template]

@@ -9,7 +9,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..models.denoiser import resolve_mask_token_id
 
@@ -54,6 +54,11 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
     ):
         if not (other or isinstance(value, PreTrainedModel | PeftModel)):
             raise TypeError(f"`{name}` must be {ways} of transformers or PEFT, got `{type(value).__name__}`.")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load it "
+            "with `AutoTokenizer.from_pretrained`."
+        )
     if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
             "`processing_class` is required with a model that was made in memory, whose tokenizer cannot be found: "

@@ -87,10 +87,11 @@ class RowForm:
             if messages != self.conversational:
                 what = f"`{name}` holds {_KINDS[messages]} and other columns or rows hold {_KINDS[not messages]}"
                 return Finding(what, f"Use one of them for all. {_WHOLE_PAIRS}")
-        if self.labelled and not (isinstance(row["label"], int) and row["label"] in (0, 1)):
+        label = row.get("label")
+        if self.labelled and not (isinstance(label, int) and label in (0, 1)):
             what = "`label` is not True for a desirable completion or False for an undesirable one"
             cure = 'Map it, for instance with `dataset.map(lambda row: {"label": row["label"] > 0})`.'
-            return Finding(what, cure, f"got {row['label']!r}")
+            return Finding(what, cure, f"got {label!r}")
         return self._fault_of_messages(row) if self.conversational else None
 
     def _fault_of_messages(self, row: dict[str, Any]) -> Finding | None:

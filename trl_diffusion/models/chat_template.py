@@ -8,6 +8,23 @@ from transformers import PreTrainedTokenizerBase
 from .family import Family
 
 
+def leaves_turns_open(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """
+    Whether the chat template opens an assistant turn after every conversation, asked for or not.
+
+    The beginning of that turn would be the end of every completion that is cut out of a conversation.
+    """
+    words = ["what is asked", "what is answered", "what is asked then"]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), words, strict=True)]
+    try:
+        answered, asked = (tokenizer.apply_chat_template(turns[:end], tokenize=False) for end in (2, 3))
+    except Exception:  # of another's making; reported when the data are written with it
+        return False
+    before_answer, _, after_answer = answered.partition(words[0])[2].partition(words[1])
+    before_question = asked.partition(words[1])[2].partition(words[2])[0]
+    return after_answer.strip() == before_answer.strip() != before_question.strip()
+
+
 def use_training_template(tokenizer: PreTrainedTokenizerBase, family: Family) -> bool:
     """
     Replace a chat template that opens an assistant turn when not asked to. Returns whether it was replaced.

@@ -48,7 +48,6 @@ from trl import (
     TrlParser,
     get_dataset,
 )
-from trl.data_utils import is_conversational
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, hash_module, maybe_gather_lm_head_ctx
@@ -71,7 +70,6 @@ __all__ = [
     "check_asked_for",
     "get_dataset",
     "hash_module",
-    "is_conversational",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",
     "replaced",

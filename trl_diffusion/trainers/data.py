@@ -10,6 +10,7 @@ from ..checks.datasets import form_of, unformatted
 from ..checks.findings import Judge, judge_row, judge_rows
 from ..checks.rows import RowForm, RowForms
 from ..checks.template import Writing
+from ..models.chat_template import leaves_turns_open
 from .tokens import NUMBER
 
 
@@ -43,6 +44,11 @@ def readable(
         raise ValueError(
             f"The {name} dataset is conversational, and the tokenizer has no chat template. Set "
             "`tokenizer.chat_template`, or give plain texts."
+        )
+    if form.conversational and leaves_turns_open(tokenizer):
+        raise ValueError(
+            "The tokenizer's chat template opens an assistant turn after every conversation, which would end every "
+            "completion. Set `tokenizer.chat_template` to one that does so only with `add_generation_prompt=True`."
         )
     judges = [Writing.of(tokenizer, form, mask_token_id)] if form.conversational else []
     if isinstance(dataset, IterableDataset):
