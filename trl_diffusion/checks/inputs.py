@@ -56,8 +56,8 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
             raise TypeError(f"`{name}` must be {ways} of transformers or PEFT, got `{type(value).__name__}`.")
     if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
         raise TypeError(
-            f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load it "
-            "with `AutoTokenizer.from_pretrained`."
+            f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load "
+            "it with `AutoTokenizer.from_pretrained`."
         )
     if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
