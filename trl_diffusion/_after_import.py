@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -61,8 +62,7 @@ class Unimported(ModuleType):
     """
 
     def __getattr__(self, attribute: str) -> Any:
-        module = __import__(self.__name__, fromlist=[attribute])
-        return getattr(module, attribute)
+        return getattr(import_module(self.__name__), attribute)
 
 
 # What the models room exports, by `model_type`
