@@ -268,7 +268,7 @@ def test_in_4_bits_head_and_embeddings_are_spared_and_it_reloads(path, tmp_path)
 def test_memory_is_estimated_from_the_configuration(path):
     model = AutoModelForCausalLM.from_pretrained(path)
     estimate = estimate_memory(model.config, max_length=16, dtype="float32", bf16=False)
-    assert estimate.blocks + estimate.embeddings == sum(weight.nbytes for weight in model.parameters())
+    assert estimate.weights == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 # -------------------------------------------------------------------------------------------------------------- shift
