@@ -37,7 +37,8 @@ def _by_weight(model: PreTrainedModel, rows: torch.Tensor, targets: torch.Tensor
     weight, bias = head.weight, head.bias
     scale, soft_cap = family_of(model.config).head.numbers(model.config)
     rows, targets = rows.to(weight.device), targets.to(weight.device)
-    with maybe_gather_lm_head_ctx(weight, bias):
+    # Triton launches on the current device, which is another one where a model is spread over several
+    with torch.cuda.device_of(weight), maybe_gather_lm_head_ctx(weight, bias):
         columns = min(VOCABULARY_TILE, weight.shape[0])
         return ChunkedLogProbFunction.apply(rows, weight, bias, targets, 1.0, columns, soft_cap, scale, ())[0]
 
