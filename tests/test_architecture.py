@@ -71,7 +71,7 @@ def test_files_and_functions_are_small(path):
         if isinstance(node, ast.FunctionDef):
             docstring = ast.get_docstring(node, clean=False)
             lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
-            assert lines <= 45, f"{path.name}: {node.name} has {lines} lines"
+            assert lines <= 40, f"{path.name}: {node.name} has {lines} lines"
 
 
 def test_every_public_name_can_be_imported():

@@ -194,8 +194,7 @@ def draw_masks(
         raise ValueError(f"Rows {empty} have no maskable token: the ELBO of an empty response is not defined.")
 
     size = SCHEMES[scheme].draws_per_unit
-    key = mix(_row_content(maskable, rows, attention_mask, couple_pairs) + mix_int(seed))
-    key = mix(key + mix_int(nonce))
+    key = mix(mix(_row_content(maskable, rows, attention_mask, couple_pairs) + mix_int(seed)) + mix_int(nonce))
     unit = torch.arange(-(-num_mc_samples // size), device=maskable.device).unsqueeze(1)  # (U, 1)
     level = _levels(key, unit, stratify)
     noise = mix(mix(mix(key + _TOKEN) + unit).unsqueeze(-1) + _token_content(maskable, rows, couple_pairs))
