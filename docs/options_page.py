@@ -34,6 +34,12 @@ Any value but TRL's default is refused when the configuration is made, before an
 which masks are drawn. `label_smoothing` is refused without a loss that reads it. All loss types of `DPOConfig` and
 `KTOConfig` work, including combinations such as `sigmoid` with `sft`.
 
+Refused when a trainer is made: an adapter on the output head; one that changes the model before it has learnt anything
+(PiSSA, OLoRA, FourierFT, `init_lora_weights=False`; one that comes with the model is copied and may do so); trained
+weights that the reference shares with the policy (biases of the base model); virtual tokens (prompt learning); several
+active adapters; `compute_metrics`, as there are no logits of a text; a model with causal attention; a dataset with
+reference scores of another run; and a TRL outside the tested range.
+
 ## Values
 
 What else is refused, and with it every number that is not finite. TRL and transformers meet most of it when the model

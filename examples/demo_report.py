@@ -40,8 +40,7 @@ def verdict(before: dict, after: dict) -> str:
     if plain <= -5:
         lines.append(f"It forgot some sums: {plain:+.1f} points of the problems that it could do before.")
     lines.append(
-        "The base model was made on this machine: another CPU or another `--seed` makes another one, and gains more or "
-        "less. README has several."
+        "The base model was made on this machine: another CPU or `--seed` makes another one, and gains more or less."
     )
     return "\n".join(lines)
 
