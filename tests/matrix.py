@@ -98,8 +98,12 @@ def save_inputs(folder):
     adapted.save_pretrained(folder / "adapter")
 
 
-def nf4():
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+def nf4(cell):
+    # As examples/accelerate_configs/fsdp2_qlora.yaml says: weights that are no floats would not be sharded
+    storage = {"bnb_4bit_quant_storage": torch.bfloat16} if cell.launch == "fsdp2" else {}
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, **storage
+    )
 
 
 def load(folder, **how):
@@ -111,7 +115,9 @@ def model_of(cell, folder):
         return PeftModel.from_pretrained(load(folder), str(folder / "adapter"), is_trainable=True)
     if cell.source == "path":
         return str(folder / "model")
-    return load(folder, quantization_config=nf4(), dtype=torch.bfloat16) if cell.weights == "qlora" else load(folder)
+    if cell.weights == "qlora":
+        return load(folder, quantization_config=nf4(cell), dtype=torch.bfloat16)
+    return load(folder)
 
 
 def reference_of(cell, folder):
@@ -130,24 +136,23 @@ def make_trainer(cell, folder, rows, **options):
     }[cell.trainer]
     synced = {"sync_ref_model": True, "ref_model_sync_steps": 1} if cell.reference == "synced" else {}
     on_the_cpu = NO_CPU if cell.launch.startswith("zero") else {"use_cpu": True}
-    args = config(
-        str(folder / "out"),
-        bf16=cell.precision == "bf16",
-        gradient_checkpointing=cell.checkpointing == "on",
-        precompute_ref_log_probs=cell.reference == "precomputed",
-        per_device_train_batch_size=4 // cell.processes,
-        max_steps=STEPS,
-        num_mc_samples=2,
-        optim="sgd",
-        learning_rate=LEARNING_RATE,
-        beta=BETA,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **{**synced, **on_the_cpu, **options},
-    )
+    defaults = {
+        "bf16": cell.precision == "bf16",
+        "gradient_checkpointing": cell.checkpointing == "on",
+        "precompute_ref_log_probs": cell.reference == "precomputed",
+        "per_device_train_batch_size": 4 // cell.processes,
+        "max_steps": STEPS,
+        "num_mc_samples": 2,
+        "beta": BETA,
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    args = config(str(folder / "out"), **{**defaults, **synced, **on_the_cpu, **options})
     return trainer(
         model_of(cell, folder),
         reference_of(cell, folder),
@@ -155,7 +160,7 @@ def make_trainer(cell, folder, rows, **options):
         train_dataset=load_from_disk(str(rows)),
         processing_class=make_tokenizer(),
         peft_config=LoraConfig(r=4) if cell.weights in ("lora", "qlora") else None,
-        quantization_config=nf4() if cell.weights == "qlora" and cell.source == "path" else None,
+        quantization_config=nf4(cell) if cell.weights == "qlora" and cell.source == "path" else None,
     )
 
 
