@@ -4,22 +4,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig
+from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, ELBOKTOConfig
 from trl_diffusion.checks.options import REFUSED, RULES
 from trl_diffusion.trainers.describe import changed_defaults, groups_of, help_text, parent_of, value_text
 
 PAGE = Path(__file__).with_name("options.md")
-CONFIGS = {"VRPO": DiffusionVRPOConfig, "ELBO-KTO": ELBOKTOConfig}
+CONFIGS = {"VRPO": DiffusionVRPOConfig, "ELBO-KTO": ELBOKTOConfig, "SFT": DiffusionSFTConfig}
 
 
 TEXT = """\
 # Options
 
-`DiffusionVRPOConfig` has all options of `trl.DPOConfig`, `ELBOKTOConfig` has those of `trl.KTOConfig`. Here is what
-they add, what they change and what they refuse. This page is written from the code, by `python docs/options_page.py`;
-`help(DiffusionVRPOConfig)` and `--help` of the scripts say the same.
-[choosing-an-estimator.md](choosing-an-estimator.md) helps with the first five, [paper-index.md](paper-index.md) has
-the options of each paper.
+`DiffusionVRPOConfig` has all options of `trl.DPOConfig`, `ELBOKTOConfig` has those of `trl.KTOConfig`, and
+`DiffusionSFTConfig` those of `trl.SFTConfig`. Here is what they add, what they change and what they refuse. It is
+written from the code, by `python docs/options_page.py`; `help(DiffusionVRPOConfig)` and `--help` of the scripts say the
+same. [choosing-an-estimator.md](choosing-an-estimator.md) helps with the first four and with `couple_pairs`,
+[paper-index.md](paper-index.md) has the options of each paper.
 
 {ours}
 ## Other defaults than TRL's
@@ -32,7 +32,7 @@ Any value but TRL's default is refused when the configuration is made, before an
 {refused}
 `accelerate launch --dynamo_backend` is refused as `torch_compile` is, and so is a device without float64 (MPS), in
 which masks are drawn. `label_smoothing` is refused without a loss that reads it. All loss types of `DPOConfig` and
-`KTOConfig` work, including combinations such as `sigmoid` with `sft`.
+`KTOConfig` work, of `SFTConfig` `nll` alone, including combinations such as `sigmoid` with `sft`.
 
 Refused when a trainer is made: an adapter on the output head; one that changes the model before it has learnt anything
 (PiSSA, OLoRA, FourierFT, `init_lora_weights=False`; one that comes with the model is copied and may do so); trained
@@ -63,7 +63,7 @@ def _ours() -> Iterator[str]:
     groups = {name: groups_of(config) for name, config in CONFIGS.items()}
     for group in {group: None for found in groups.values() for group in found}:
         having = [name for name, found in groups.items() if group in found]
-        yield f"## {group[0].upper()}{group[1:]}" + ("" if len(having) == len(CONFIGS) else f" ({having[0]})")
+        yield f"## {group[0].upper()}{group[1:]}" + ("" if len(having) == len(CONFIGS) else f" ({', '.join(having)})")
         yield ""
         rows = []
         for i, field in enumerate(groups[having[0]][group]):
@@ -83,7 +83,8 @@ def _changed() -> Iterator[tuple[str, ...]]:
 def _refused() -> Iterator[tuple[str, ...]]:
     for option, why in REFUSED.items():
         having = [parent_of(c) for c in CONFIGS.values() if option in {field.name for field in fields(c)}]
-        yield f"`{option}`", "both" if len(having) == len(CONFIGS) else f"`{having[0].__name__}`", why
+        names = ", ".join(f"`{config.__name__}`" for config in having)
+        yield f"`{option}`", "all" if len(having) == len(CONFIGS) else names, why
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

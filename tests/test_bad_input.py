@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from test_trainers import make_trainer
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
-from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig
+from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig
 from trl_diffusion.checks.options import REFUSED
 
 
@@ -133,7 +133,7 @@ OPTIONS = [
         {"label_smoothing_factor": 0.1},
         "`label_smoothing_factor=0.1` is not supported.*would be ignored",
     ),
-    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` is not supported.*the policy and its reference share"),
+    ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha=5.0` is not supported.*noise of its own, and so would"),
     ({"fp16": True, "elbo_gradient": "immediate"}, "`elbo_gradient='immediate'` cannot be used with `fp16=True`"),
     (
         {"train_sampling_strategy": "group_by_length"},
@@ -176,11 +176,15 @@ def test_a_device_without_float64(tmp_path, monkeypatch, config):
         config(str(tmp_path), bf16=False)
 
 
+OF_SFT = {"packing", "eval_packing", "packing_strategy", "assistant_only_loss", "dataset_kwargs"}
+
+
 @pytest.mark.parametrize(
     "config, absent",
     [
-        (DiffusionVRPOConfig, set()),
-        (ELBOKTOConfig, {"use_weighting", "ld_alpha", "padding_free", "truncation_mode"}),
+        (DiffusionVRPOConfig, OF_SFT),
+        (ELBOKTOConfig, {"use_weighting", "ld_alpha", "padding_free", "truncation_mode", *OF_SFT}),
+        (DiffusionSFTConfig, {"use_weighting", "ld_alpha"}),
     ],
 )
 def test_what_is_refused_is_an_option_of_trl(config, absent):

@@ -12,6 +12,7 @@ from pathlib import Path
 import elbo_kto_lora
 import pytest
 import test_kto
+import test_sft
 import test_trainers
 import torch
 import vrpo_lora
@@ -47,19 +48,29 @@ CELLS = {
     "kto lora leave_one_out": (test_kto.make_trainer, lora, {"baseline": "leave_one_out"}),
     "kto full ema_per_class": (test_kto.make_trainer, None, {"baseline": "ema_per_class"}),
     "kto full precomputed": (test_kto.make_trainer, None, {"precompute_ref_log_probs": True}),
+    "sft lora examples": (test_sft.make_trainer, lora, {"loss_average": "examples"}),
+    "sft full": (test_sft.make_trainer, None, {}),
     "rows left over": (
         test_trainers.make_trainer,
         lora,
         {"dataloader_drop_last": True, "precompute_ref_log_probs": True, "gradient_accumulation_steps": 1},
     ),
 }
+ROWS_OF = {test_trainers.make_trainer: "vrpo", test_kto.make_trainer: "kto", test_sft.make_trainer: "sft"}
 ON_FOUR = ["vrpo lora precomputed", "vrpo full", "kto lora batch_mean"]
-WITH_FSDP = ["vrpo lora", "vrpo lora precomputed", "vrpo full", "kto lora batch_mean", "kto full ema_per_class"]
+WITH_FSDP = [
+    "sft full",
+    "vrpo lora",
+    "vrpo lora precomputed",
+    "vrpo full",
+    "kto lora batch_mean",
+    "kto full ema_per_class",
+]
 
 
 def make_cell(name, folder, processes=1, **options):
     make, adapter, own = CELLS[name]
-    rows = "left over" if name == "rows left over" else "kto" if make is test_kto.make_trainer else "vrpo"
+    rows = "left over" if name == "rows left over" else ROWS_OF[make]
     rows = load_from_disk(str(folder / rows))
     if "precompute_ref_log_probs" in own and make is test_trainers.make_trainer:  # on disk, or in memory
         rows = Dataset.from_list(list(rows))
@@ -119,6 +130,7 @@ def on_one(tmp_path_factory):
     make_pairs(16).save_to_disk(str(folder / "vrpo"))
     make_pairs(15).save_to_disk(str(folder / "left over"))
     make_feedback(16).save_to_disk(str(folder / "kto"))
+    test_sft.make_completions(16).save_to_disk(str(folder / "sft"))
     # Forked like the others: what the parent has cached must not be what they would compute
     assert run_forked(train_cells, list(CELLS), folder, 1, folder=folder) == [0], logs(folder)
     return folder

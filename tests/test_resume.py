@@ -22,7 +22,7 @@ from processes import kill_myself, run_forked
 from test_kto import make_feedback
 from transformers import TrainerCallback
 
-from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig
+from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, ELBOKTOConfig
 from trl_diffusion.resuming import checkpoints, record
 from trl_diffusion.resuming.checkpoints import RUN, problem_of, record_of, resolve_checkpoint
 from trl_diffusion.trainers.arguments import ELBOArguments
@@ -407,7 +407,7 @@ def test_what_changes_no_number_is_not_mentioned(tmp_path, whole, caplog, change
     assert not [r for r in caplog.records if "Resuming" in r.getMessage()]
 
 
-@pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig])
+@pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig, DiffusionSFTConfig])
 def test_every_option_of_ours_says_what_a_difference_means(config):
     inherited = {field.name for field in dataclasses.fields(config.__bases__[1])}
     assert issubclass(config.__bases__[0], ELBOArguments)

@@ -14,11 +14,12 @@ import torch
 from conftest import make_model
 from test_trainers import make_trainer
 from transformers import Trainer
-from trl import DPOTrainer, KTOTrainer
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from trl_diffusion.checks.options import DPO_LOSS_TYPES, KTO_LOSS_TYPES
+from trl_diffusion.checks.options import DPO_LOSS_TYPES, KTO_LOSS_TYPES, SFT_LOSS_TYPES
 from trl_diffusion.scoring import door
 from trl_diffusion.scoring.door import SEAM_NAMES, ChunkedLogProbFunction, FusedCausalLMOutput, seam
 from trl_diffusion.trainers import base
@@ -36,6 +37,30 @@ def test_the_constructor_looks_up_the_seam_names_in_order(module, trainer):
     last = source.rfind("add_fused_lm_head(")
     assert last < source.index("self._precompute_ref_logps("), f"{TRL}: the head must be there before precomputation"
     assert last < source.index("prepare_model("), f"{TRL}: and before the reference is prepared"
+
+
+def test_sft_goes_through_the_same_seam():
+    """Its loss is a sum of `log_probs` over what the Trainer counted."""
+    source, step = inspect.getsource(SFTTrainer.__init__), inspect.getsource(SFTTrainer.compute_loss)
+    places = [source.index(f" {name}(") for name in SEAM_NAMES]
+    assert places == sorted(places), TRL
+    assert re.search(r"outputs = model\(\*\*inputs, fused_lm_head=True\)\s+per_token_loss = -outputs.log_probs", step)
+    assert "outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch" in step, TRL
+    assert set(re.findall(r'loss_type == "(\w+)"', step)) == {"dft", "nll"}, TRL
+    names = list(inspect.signature(SFTTrainer.__init__).parameters)[1:7]
+    assert names == ["model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"], TRL
+    assert list(inspect.signature(SFTTrainer._prepare_dataset).parameters)[-1] == "dataset_name", TRL
+    assert SFT_LOSS_TYPES == ("nll",)
+
+
+def test_the_trainer_counts_what_an_sft_loss_is_divided_by():
+    """Of `shift_labels` if there are any, which is how examples are counted instead of tokens."""
+    source = inspect.getsource(Trainer._get_num_items_in_batch)
+    assert 'batch["shift_labels"]\n                    if "shift_labels" in batch' in source
+    rows = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, {"input_ids": [6, 7], "labels": [-100, 7]}]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
+    assert batch["labels"].tolist() == [[-100, 4, 5], [-100, 7, -100]], TRL
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]], TRL
 
 
 def test_the_random_state_is_saved_last_but_for_the_trainers_state():

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from .planning.memory import MemoryEstimate, estimate_memory
     from .trainers.elbo_kto.config import ELBOKTOConfig
     from .trainers.elbo_kto.trainer import ELBOKTOTrainer
+    from .trainers.sft.config import DiffusionSFTConfig
+    from .trainers.sft.trainer import DiffusionSFTTrainer
     from .trainers.vrpo.config import DiffusionVRPOConfig
     from .trainers.vrpo.trainer import DiffusionVRPOTrainer
 
 _HOMES = {
     "ControlVariate": "estimators.control_variate",
+    "DiffusionSFTConfig": "trainers.sft.config",
+    "DiffusionSFTTrainer": "trainers.sft.trainer",
     "DiffusionVRPOConfig": "trainers.vrpo.config",
     "DiffusionVRPOTrainer": "trainers.vrpo.trainer",
     "ELBO": "estimators.elbo",
@@ -46,6 +50,8 @@ _HOMES = {
 __all__ = [
     "ELBO",
     "ControlVariate",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
     "DiffusionVRPOConfig",
     "DiffusionVRPOTrainer",
     "ELBOKTOConfig",

@@ -100,7 +100,7 @@ def form_of(dataset: Any, name: str, forms: RowForms, refused: tuple[str, ...] =
         raise ValueError(
             f"The {name} dataset has columns {sorted(first)}. It needs {_needed(forms)}: rename what holds them with "
             "`dataset.rename_column`. Pairs are for VRPO; single completions, with a `label` that is True for a "
-            "desirable one, for ELBO-KTO."
+            "desirable one, for ELBO-KTO; completions to imitate, conversations and plain texts for SFT."
         )
     return form
 

@@ -19,6 +19,7 @@ DPO_LOSS_TYPES = (
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
+SFT_LOSS_TYPES = ("nll",)  # DFT weighs a token by its probability given those before it, which is not estimated
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # what reads `label_smoothing`
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _COMPILED = "every response runs at its own length, so that nearly every forward would be compiled anew"
@@ -60,6 +61,13 @@ RULES: dict[str, Rule] = {
     "label_smoothing": Rule(
         lambda v: _is_a(v, Real) and 0 <= v < 0.5, "in [0, 0.5), above which it turns preferences round"
     ),
+    "eos_padding": _count(0),
+    "completion_only_loss": Rule(lambda v: v in (None, True), "None or True: what was given is shown, never learnt"),
+    "chat_template_path": Rule(
+        lambda v: v is None or str(v).endswith((".jinja", ".j2")),
+        "None or a file that ends in .jinja or .j2: the template of another tokenizer brings tokens that this model "
+        "has never met",
+    ),
     "ema_decay": Rule(lambda v: _is_a(v, Real) and 0 <= v < 1, "in [0, 1)"),
     "f_divergence_type": Rule(lambda v: getattr(v, "value", v) in _DIVERGENCES, f"one of {list(_DIVERGENCES)}"),
     "train_sampling_strategy": Rule(
@@ -75,10 +83,19 @@ REFUSED = {
     "use_weighting": "WPO weighs a pair by the probability of each token in its left context, of which there is none",
     "ld_alpha": "LD-DPO discounts the log-probabilities of late tokens; an ELBO is one number for a response, and its "
     "terms are not conditionals from left to right",
+    **dict.fromkeys(
+        ("packing", "eval_packing", "packing_strategy"),
+        "every token of a row sees every other, so that examples in one row would see each other; they run alone, at "
+        "their exact length",
+    ),
+    "assistant_only_loss": "one completion of a row is learnt, given all that stands before it: of a conversation its "
+    "last turn. To learn every turn, make a row of each",
+    "dataset_kwargs": "rows are always tokenised and checked here",
     "padding_free": "responses already run at their exact length, without padding",
     "truncation_mode": "examples longer than `max_length` are dropped and counted, never truncated",
     "activation_offloading": "activations are recomputed, not kept, between the forward and the backward",
-    "neftune_noise_alpha": "the policy and its reference share the embeddings, and would each get noise of its own",
+    "neftune_noise_alpha": "each of the forwards that make a score would get noise of its own, and so would the policy "
+    "and its reference, which share the embeddings",
     "label_smoothing_factor": "it is for cross entropies, and would be ignored; `label_smoothing` is for preferences "
     "that may be wrong",
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),

@@ -13,7 +13,6 @@ from typing import Any
 
 from .findings import Finding, Verdict
 
-TEXTS = ("prompt", "chosen", "rejected", "completion")
 _KINDS = {True: "messages", False: "a text"}
 _NO_SPACES = 0x2E80  # from here on scripts write words without spaces between them
 
@@ -30,7 +29,8 @@ class RowForm:
         columns: those with texts or messages.
         labelled: whether there is a `label`.
         conversational: whether the columns hold messages.
-        prompted: whether there is a `prompt`; otherwise it is what `chosen` and `rejected` begin with.
+        prompted: whether there is a `prompt`; otherwise it is what `chosen` and `rejected` begin with, or what comes
+            before the last turn of a conversation; a text alone has none.
     """
 
     columns: tuple[str, ...]
@@ -43,14 +43,18 @@ class RowForm:
         """The first of the forms of which the row has all columns; None if there is none."""
         for form in forms:
             if set(form) <= set(row):
-                columns = tuple(name for name in TEXTS if name in row and name in (*form, "prompt"))
+                columns = tuple(name for name in form if name not in ("prompt", "label"))
+                if "prompt" in form or ("prompt" in row and "chosen" in form):
+                    columns = ("prompt", *columns)
                 conversational = any(_is_messages(row[name]) for name in columns)
                 return cls(columns, "label" in form, conversational, "prompt" in columns)
         return None
 
     @property
     def completions(self) -> tuple[str, ...]:
-        """Columns of what is scored."""
+        """Columns of what is scored, in a row that was read."""
+        if len(self.columns) == 1 and self.conversational:
+            return ("completion",)
         return tuple(name for name in self.columns if name != "prompt")
 
     def read(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +62,12 @@ class RowForm:
         read = {name: row[name] for name in self.columns}
         if self.conversational:
             read = {name: [_joined(turn) for turn in turns] for name, turns in read.items()}
-        return read if self.prompted else split_prompt(read["chosen"], read["rejected"])
+        if "chosen" in read and not self.prompted:
+            return split_prompt(read["chosen"], read["rejected"])
+        if len(self.columns) == 1 and self.conversational:
+            (turns,) = read.values()
+            return {"prompt": turns[:-1], "completion": turns[-1:]}
+        return read
 
     def judge(self, row: dict[str, Any]) -> Verdict:
         """What is wrong with a row that cannot be read."""
@@ -66,11 +75,12 @@ class RowForm:
         if fault:
             return Verdict(fault)
         read = self.read(row)
-        if not read["prompt"] and not self.prompted:
-            return Verdict(_NOTHING_IN_COMMON)
+        prompt = read.get("prompt", "")
+        if "prompt" in read and not prompt and not self.prompted:
+            return Verdict(_NOTHING_IN_COMMON if "chosen" in read else _ONE_TURN)
         if self.conversational:
             return Verdict(_fault_of_roles(read, self))
-        repeated = read["prompt"].strip() and all(read[name].startswith(read["prompt"]) for name in self.completions)
+        repeated = prompt.strip() and all(read[name].startswith(prompt) for name in self.completions)
         return Verdict(None, _REPEATED if repeated else None)
 
     def _fault_of_values(self, row: dict[str, Any]) -> Finding | None:
@@ -107,6 +117,10 @@ class RowForm:
 _NOTHING_IN_COMMON = Finding(
     "`chosen` and `rejected` do not begin alike, so that there is no prompt",
     "Give the dataset a column `prompt`, and the responses alone in the others; or drop such rows.",
+)
+_ONE_TURN = Finding(
+    "the conversation has one turn only, so that there is no prompt",
+    "Put what it answers before it, or drop such rows.",
 )
 _REPEATED = Finding(
     "every response begins with the text of `prompt`, which then stands there twice",
@@ -217,6 +231,9 @@ def _fault_of_roles(read: dict[str, Turns], form: RowForm) -> Finding | None:
         if other is None:
             continue
         cure = "End the response before it, or move what comes before the last turn of the assistant to `prompt`."
+        if column not in form.columns:
+            column, cure = form.columns[0], "Drop the turns after the last one of the assistant with `dataset.map`."
+            return Finding(f"`{column}` ends in a turn of the role {other!r}, and the last turn is learnt", cure)
         if form.prompted and read[column][: len(read["prompt"])] == read["prompt"]:
             cure = _WHOLE_PAIRS if "chosen" in form.columns else _WHOLE_COMPLETIONS
         what = f"`{column}` has a turn of the role {other!r}, which would be scored as part of the response"

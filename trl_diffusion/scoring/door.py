@@ -45,6 +45,8 @@ from trl import (
     KTOTrainer,
     ModelConfig,
     ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
     TrlParser,
     get_dataset,
 )
@@ -65,6 +67,8 @@ __all__ = [
     "KTOConfig",
     "KTOTrainer",
     "ModelConfig",
+    "SFTConfig",
+    "SFTTrainer",
     "ScriptArguments",
     "TrlParser",
     "check_asked_for",

@@ -110,7 +110,7 @@ class ELBOHead:
         real = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
         draws = self.sampler(maskable, input_ids, real, draw_nonce)
         elbo = self._score(model, input_ids, real, maskable, draws)
-        output = _to_trl(elbo, draws.masked.sum((0, 2)) / (maskable.sum(1) * draws.num_mc_samples))
+        output = _to_trl(elbo, maskable, draws.masked.sum((0, 2)) / (maskable.sum(1) * draws.num_mc_samples))
         if self.observer is not None:
             self.observer(output)
         return output
@@ -232,7 +232,7 @@ def _score_draws(
     return log_probs.new_zeros(noised.numel()).index_copy(0, chunk.positions, log_probs).view(noised.shape)
 
 
-def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
+def _to_trl(elbo: ELBO, maskable: torch.Tensor, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
     terms = elbo.terms[:, 1:].clone()  # FSDP2 hooks into what the forward returns, which must not be a view
     unused = torch.zeros_like(terms, requires_grad=False)  # TRL logs statistics of logits that are never built
     return ELBOHeadOutput(
@@ -241,7 +241,7 @@ def _to_trl(elbo: ELBO, mask_ratio: torch.Tensor) -> ELBOHeadOutput:
         entropy=unused,
         mean_logits=unused,
         is_top1=unused.bool(),
-        label_mask=unused.bool(),
+        label_mask=maskable[:, 1:].clone(),
         elbo=replace(elbo, terms=elbo.terms.detach()),
         mask_ratio=mask_ratio,
     )

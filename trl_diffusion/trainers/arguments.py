@@ -23,7 +23,6 @@ class ELBOArguments:
     # The first option of each group, and what the group controls
     groups: ClassVar[dict[str, str]] = {
         "num_mc_samples": "the estimator",
-        "num_reference_draw_sets": "the reference",
         "draws_per_forward": "the memory",
         "append_eos": "the data",
     }
@@ -61,33 +60,9 @@ class ELBOArguments:
             "choices": list(CONTROL_VARIATES),
         },
     )
-    couple_pairs: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether responses to one prompt have the same mask levels, and the same tokens masked where they "
-            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Of "
-            "use where a batch holds both responses of a pair; turn it off where it holds many responses to one "
-            "prompt, whose noise would then add up."
-        },
-    )
-    share_draws: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether the policy and the reference are scored on the same masks (what VRPO calls "
-            "antithetic sampling). Turning it off is for ablations."
-        },
-    )
     draw_seed: int | None = field(
         default=None,
         metadata={"help": "Seed of the mask draws. Defaults to `seed`."},
-    )
-
-    num_reference_draw_sets: int = field(
-        default=1,
-        metadata={
-            "help": "Number of sets of draws that `precompute_ref_log_probs=True` scores the reference on. Epochs take "
-            "the sets in turn. With one set every epoch has the same draws."
-        },
     )
 
     draws_per_forward: int | None = field(
@@ -131,28 +106,12 @@ class ELBOArguments:
     def check_before(self, loss_types: tuple[str, ...], *owners: type) -> None:
         """Refuse values that make no estimator, or no run; before TRL's own `__post_init__` acts on them."""
         check_options(self, loss_types, ELBOArguments, *owners)
-        self._check_control_variate()
-        self._check_reference_draw_sets()
         if self.elbo_gradient == "immediate":
             self._check_immediate()
 
     def check_after(self) -> None:
         """Refuse what is known when `__post_init__` of transformers has run: the device."""
         check_device(self.device.type)  # type: ignore[attr-defined]
-
-    def _check_reference_draw_sets(self) -> None:
-        sets = self.num_reference_draw_sets
-        if sets > 1 and not getattr(self, "precompute_ref_log_probs", False):
-            raise ValueError(
-                f"`num_reference_draw_sets={sets}` is for `precompute_ref_log_probs=True`; a reference that is scored "
-                "at every step meets new draws at every step. Leave it at its default, 1."
-            )
-        epochs = getattr(self, "num_train_epochs", sets)
-        if sets > 1 and sets > math.ceil(epochs) and getattr(self, "max_steps", -1) <= 0:
-            raise ValueError(
-                f"`num_reference_draw_sets={sets}` is more than `num_train_epochs={epochs}`: each epoch takes one "
-                "set, and the others would be computed for nothing. Lower the first or raise the second."
-            )
 
     def _check_immediate(self) -> None:
         """What of the obstacles can be seen already."""
@@ -167,6 +126,76 @@ class ELBOArguments:
                 "`elbo_gradient='immediate'` cannot be used with `gradient_checkpointing_kwargs={'use_reentrant': "
                 "True}`, which an inner backward cannot go through. Set `use_reentrant` to `False`, or "
                 "`elbo_gradient='checkpoint'`."
+            )
+
+    def mask_sampler(self) -> MaskSampler:
+        """The sampler that these arguments describe."""
+        seed = self.seed if self.draw_seed is None else self.draw_seed  # type: ignore[attr-defined]
+        return MaskSampler(
+            num_mc_samples=self.num_mc_samples,
+            scheme=self.mask_scheme,
+            stratify=self.stratify,
+            seed=seed,
+            control_variate=None if self.control_variate == "none" else ControlVariate(),
+            couple_pairs=getattr(self, "couple_pairs", False),
+        )
+
+    def describe_estimator(self) -> str:
+        """One line for the model card."""
+        return (
+            f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
+            f"{', stratified' if self.stratify else ''}, control variate `{self.control_variate}`"
+        )
+
+
+@dataclass
+class ComparisonArguments(ELBOArguments):
+    """Arguments of the trainers that compare: the policy with its reference, and responses with each other."""
+
+    groups: ClassVar[dict[str, str]] = {**ELBOArguments.groups, "couple_pairs": "what is compared"}
+
+    couple_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether responses to one prompt have the same mask levels, and the same tokens masked where they "
+            "have the same token at the same place, so that common noise cancels in the score. Unbiased, no cost. Of "
+            "use where a batch holds both responses of a pair; turn it off where it holds many responses to one "
+            "prompt, whose noise would then add up."
+        },
+    )
+    share_draws: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the policy and the reference are scored on the same masks (what VRPO calls "
+            "antithetic sampling). Turning it off is for ablations."
+        },
+    )
+    num_reference_draw_sets: int = field(
+        default=1,
+        metadata={
+            "help": "Number of sets of draws that `precompute_ref_log_probs=True` scores the reference on. Epochs take "
+            "the sets in turn. With one set every epoch has the same draws."
+        },
+    )
+
+    def check_before(self, loss_types: tuple[str, ...], *owners: type) -> None:
+        """Refuse values that make no estimator, or no run; before TRL's own `__post_init__` acts on them."""
+        super().check_before(loss_types, ComparisonArguments, *owners)
+        self._check_control_variate()
+        self._check_reference_draw_sets()
+
+    def _check_reference_draw_sets(self) -> None:
+        sets = self.num_reference_draw_sets
+        if sets > 1 and not getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                f"`num_reference_draw_sets={sets}` is for `precompute_ref_log_probs=True`; a reference that is scored "
+                "at every step meets new draws at every step. Leave it at its default, 1."
+            )
+        epochs = getattr(self, "num_train_epochs", sets)
+        if sets > 1 and sets > math.ceil(epochs) and getattr(self, "max_steps", -1) <= 0:
+            raise ValueError(
+                f"`num_reference_draw_sets={sets}` is more than `num_train_epochs={epochs}`: each epoch takes one "
+                "set, and the others would be computed for nothing. Lower the first or raise the second."
             )
 
     def _check_control_variate(self) -> None:
@@ -184,23 +213,9 @@ class ELBOArguments:
                 "`share_draws=False` does not allow. Set `control_variate='leave_one_out'`."
             )
 
-    def mask_sampler(self) -> MaskSampler:
-        """The sampler that these arguments describe."""
-        seed = self.seed if self.draw_seed is None else self.draw_seed  # type: ignore[attr-defined]
-        return MaskSampler(
-            num_mc_samples=self.num_mc_samples,
-            scheme=self.mask_scheme,
-            stratify=self.stratify,
-            seed=seed,
-            control_variate=None if self.control_variate == "none" else ControlVariate(),
-            couple_pairs=self.couple_pairs,
-        )
-
     def describe_estimator(self) -> str:
         """One line for the model card."""
         return (
-            f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
-            f"{', stratified' if self.stratify else ''}, control variate `{self.control_variate}`"
-            f"{', pairs coupled' if self.couple_pairs else ''}, {'shared' if self.share_draws else 'not shared'} "
-            "between the policy and the reference"
+            f"{super().describe_estimator()}{', pairs coupled' if self.couple_pairs else ''}, "
+            f"{'shared' if self.share_draws else 'not shared'} between the policy and the reference"
         )

@@ -66,6 +66,7 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         _row_forms: columns that a row must have, in one of these ways.
         _completion_columns: columns of completion ids that TRL's tokenisation makes.
         _responses_per_row: responses of a row that are trained on.
+        _has_reference: whether the loss compares the policy with a reference.
         _paper: title, id and citation of the method.
     """
 
@@ -74,6 +75,7 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
     _row_forms: ClassVar[RowForms]
     _completion_columns: ClassVar[tuple[str, ...]]
     _responses_per_row: ClassVar[int]
+    _has_reference: ClassVar[bool] = True
     _paper: ClassVar[dict[str, str]]
 
     def __init__(
@@ -91,10 +93,11 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         quantization_config: Any = None,
         peft_config: Any = None,
     ):
-        args = self._default_arguments(model) if args is None else args
+        args = args or self._default_arguments(model)
         check_arguments(args, self._config_class, compute_metrics)
         check_models(model, ref_model, processing_class)
-        check_reference_of_adapters(model, ref_model, peft_config)
+        if self._has_reference:
+            check_reference_of_adapters(model, ref_model, peft_config)
         check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
         ref_model, processing_class = self._before_trl(model, ref_model, args, processing_class, peft_config)
         with self._inside_trl():
@@ -116,8 +119,8 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
     def _before_trl(self, model: Any, ref_model: Any, args: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
         """What TRL's constructor will meet: draws, diagnostics, the reference of a model in memory, a tokenizer."""
         self._sampler = args.mask_sampler()
-        self._diagnostics = ScoreDiagnostics(args.beta)
-        self._coupling = CouplingWatch(args.couple_pairs)
+        self._diagnostics = ScoreDiagnostics(getattr(args, "beta", 1.0))
+        self._coupling = CouplingWatch(self._sampler.couple_pairs)
         self._headed: list[torch.nn.Module] = []
         self._adapter_dtype = args.adapter_dtype
         self._ready_adapter: ReadyAdapter | None = None
@@ -127,7 +130,8 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
             return ref_model, tokenizer or load_tokenizer(find_model(model, options), options)
         check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
         self._ready_adapter = take_over(model, args.adapter_dtype)
-        return (ref_model if ref_model is not None else reference_copy(model, args, peft_config)), tokenizer
+        needed = ref_model is None and self._has_reference
+        return (reference_copy(model, args, peft_config) if needed else ref_model), tokenizer
 
     @contextmanager
     def _inside_trl(self) -> Iterator[None]:
@@ -204,19 +208,18 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
 
     # Data
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        tokenizer = self._tokenizer
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *others: Any) -> Any:
+        tokenizer, family = self._tokenizer, family_of(self._model_config)
         check_tokenizer(tokenizer, self._model_config)
-        family = family_of(self._model_config)
         if use_training_template(tokenizer, family):
             logger.warning_once(
                 "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
                 "one that does so only with `add_generation_prompt=True`; the tokens are the same."
             )
         mask_token_id = resolve_mask_token_id(self._model_config, tokenizer)
-        where = {"name": dataset_name, "num_proc": args.dataset_num_proc}
+        where = {"name": others[-1], "num_proc": args.dataset_num_proc}
         dataset, form = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
-        dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), *others)
         rules = TokenRules(
             tokenizer,
             form.conversational,
@@ -264,8 +267,7 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
 
     def _callback(self, kind: type[Callback]) -> Callback | None:
         """The callback of a kind that keeps a running state; a resumed run has made a new one."""
-        found = [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
-        return found[0] if found else None
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, kind)), None)
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""

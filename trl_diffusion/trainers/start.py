@@ -50,7 +50,7 @@ def check_before_training(trainer: Any) -> None:
     if not placed_later or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "no"):
         # DeepSpeed trains a copy in float32, and so does FSDP in mixed precision
         warn_of_lost_updates(trainer.model, trainer.args.learning_rate, logger.warning)
-    if trainer._reference_is_given:
+    if trainer._reference_is_given or not trainer._has_reference:
         return
     if not trainer.precompute_ref_logps:
         refuse_shared_weights(trainer.model)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from ...checks.options import KTO_LOSS_TYPES
 from ...resuming.record import DIFFERENCES, OBJECTIVE, ORDER, SILENT, Difference
 from ...scoring.door import KTOConfig
-from ..arguments import ELBOArguments
+from ..arguments import ComparisonArguments
 from ..describe import described
 from .baselines import BASELINES, NEED_A_BATCH
 from .composition import COMPOSITIONS
@@ -14,7 +14,7 @@ from .composition import COMPOSITIONS
 
 @described
 @dataclass
-class ELBOKTOConfig(ELBOArguments, KTOConfig):
+class ELBOKTOConfig(ComparisonArguments, KTOConfig):
     r"""
     Configuration class for the [`ELBOKTOTrainer`].
 
@@ -34,7 +34,10 @@ class ELBOKTOConfig(ELBOArguments, KTOConfig):
         "rows_per_baseline": Difference(False, "a batch baseline is a mean over another number of rows"),
     }
 
-    groups: ClassVar[dict[str, str]] = {**ELBOArguments.groups, "baseline": "the baseline and the order of the rows"}
+    groups: ClassVar[dict[str, str]] = {
+        **ComparisonArguments.groups,
+        "baseline": "the baseline and the order of the rows",
+    }
 
     baseline: str | None = field(
         default=None,

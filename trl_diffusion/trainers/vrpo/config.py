@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 from ...checks.options import DPO_LOSS_TYPES
 from ...scoring.door import DPOConfig
-from ..arguments import ELBOArguments
+from ..arguments import ComparisonArguments
 from ..describe import described
 
 
 @described
 @dataclass
-class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
+class DiffusionVRPOConfig(ComparisonArguments, DPOConfig):
     r"""
     Configuration class for the [`DiffusionVRPOTrainer`].
 
@@ -31,7 +31,9 @@ class DiffusionVRPOConfig(ELBOArguments, DPOConfig):
     )
 
     # On by default here, where a batch holds both responses of each pair
-    couple_pairs: bool = field(default=True, metadata=dict(ELBOArguments.__dataclass_fields__["couple_pairs"].metadata))
+    couple_pairs: bool = field(
+        default=True, metadata=dict(ComparisonArguments.__dataclass_fields__["couple_pairs"].metadata)
+    )
 
     def __post_init__(self) -> None:
         self.check_before(DPO_LOSS_TYPES)
