@@ -1,17 +1,19 @@
 """
-Llama, Qwen2 and Qwen3 without the causal mask, in plain torch: the oracle of tests/test_decoders.py.
+Llama, Qwen2, Qwen3 and LLaDA-MoE without the causal mask, in plain torch: the oracle of tests/test_decoders.py.
 
 Written from the description, one equation a line, and from none of the code that it is compared with. What a family has
-(biases, norms of queries and keys, a head of its own) is seen in its tensors, which are looked up by published names.
+(biases, norms of queries and keys, experts, a head of its own) is seen in its tensors, which are looked up by published
+names.
 """
 
 import torch
 import torch.nn.functional as F
 
 WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LAYERS = 32, 64, 4, 2, 8, 30, 2
+EXPERTS_PER_TOKEN = 2
 
 
-def published_tensors(biases=False, head_norms=False, tied=False, seed=0):
+def published_tensors(biases=False, head_norms=False, tied=False, experts=0, seed=0):
     """Random tensors under the published names, large enough that every token matters to every other."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
@@ -23,8 +25,11 @@ def published_tensors(biases=False, head_norms=False, tied=False, seed=0):
         if head_norms:
             shapes |= {f"{layer}.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
         shapes[f"{layer}.self_attn.o_proj.weight"] = (WIDTH, HEADS * HEAD_DIM)
-        shapes |= {f"{layer}.mlp.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj.weight"] = (WIDTH, INNER)
+        if experts:
+            shapes[f"{layer}.mlp.gate.weight"] = (experts, WIDTH)
+        for mlp in [f"{layer}.mlp.experts.{e}" for e in range(experts)] or [f"{layer}.mlp"]:
+            shapes |= {f"{mlp}.{name}_proj.weight": (INNER, WIDTH) for name in ("gate", "up")}
+            shapes[f"{mlp}.down_proj.weight"] = (WIDTH, INNER)
         shapes |= {f"{layer}.{name}_layernorm.weight": (WIDTH,) for name in ("input", "post_attention")}
     if not tied:
         shapes["lm_head.weight"] = (VOCABULARY, WIDTH)
@@ -42,6 +47,9 @@ def decoder_logits(tensors, input_ids, real=None, *, theta, eps):
     def project(x, name):
         return x @ tensors[f"{name}.weight"].T + tensors.get(f"{name}.bias", 0)
 
+    def feed_forward(x, name):
+        return project(F.silu(project(x, f"{name}.gate_proj")) * project(x, f"{name}.up_proj"), f"{name}.down_proj")
+
     x = tensors["model.embed_tokens.weight"][input_ids]
     for layer in (f"model.layers.{i}" for i in range(LAYERS)):
         normed = norm(x, f"{layer}.input_layernorm.weight")
@@ -56,8 +64,13 @@ def decoder_logits(tensors, input_ids, real=None, *, theta, eps):
         scores = (query @ key.mT / HEAD_DIM**0.5).masked_fill(real[:, None, None, :] == 0, -torch.inf)
         x = x + project((scores.softmax(-1) @ value).transpose(1, 2).flatten(2), f"{layer}.self_attn.o_proj")
         normed = norm(x, f"{layer}.post_attention_layernorm.weight")
-        gate, up = (project(normed, f"{layer}.mlp.{name}_proj") for name in ("gate", "up"))
-        x = x + project(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+        if f"{layer}.mlp.gate.weight" not in tensors:
+            x = x + feed_forward(normed, f"{layer}.mlp")
+            continue
+        probabilities = project(normed, f"{layer}.mlp.gate").softmax(-1)
+        least = probabilities.sort(dim=-1, descending=True).values[..., EXPERTS_PER_TOKEN - 1, None]
+        for expert, weight in enumerate(probabilities.masked_fill(probabilities < least, 0).unbind(-1)):
+            x = x + weight[..., None] * feed_forward(normed, f"{layer}.mlp.experts.{expert}")
     head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
     return norm(x, "model.norm.weight") @ head.T
 

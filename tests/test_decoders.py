@@ -1,6 +1,6 @@
 """
-The law: iLLaDA, Dream and converted decoders are the published architectures, from their own folders, with no remote
-code; what is not is refused by name.
+The law: iLLaDA, Dream, LLaDA-MoE and converted decoders are the published architectures, from their own folders, with
+no remote code; what is not is refused by name.
 
 Folders are written as they are published: a config.json with the published fields, and tensors under published names.
 """
@@ -13,7 +13,7 @@ import torch
 import vrpo_lora
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset
-from decoder_reference import decoder_logits, frequencies, published_tensors
+from decoder_reference import LAYERS, decoder_logits, frequencies, published_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_head import make_batch, scored
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, MaskSampler, elbo, estimate_memory
 from trl_diffusion.checks.inputs import check_tokenizer
@@ -36,7 +37,7 @@ from trl_diffusion.estimators.elbo import token_logits
 from trl_diffusion.models.decoders.auto import CLASSES
 from trl_diffusion.models.decoders.modeling import DreamModel, DreamTokenizer
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
-from trl_diffusion.models.families import class_to_load, family_of
+from trl_diffusion.models.families import class_to_load, family_of, spare_in_quantization
 from trl_diffusion.models.sampler import generate
 
 SIZES = {
@@ -53,6 +54,7 @@ SIZES = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+EXPERTS = 4
 QWEN = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "rope_scaling": None}
 
 
@@ -84,7 +86,7 @@ class Folder:
     def model(self):
         """In memory, with 2 for its mask token."""
         fields = {**SIZES, "rope_theta": self.theta, "rms_norm_eps": self.eps, **self.fields, "mask_token_id": 2}
-        config = AutoConfig.for_model(**fields)
+        config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
         model = CLASSES[type(config)](config)
         model.load_state_dict(self.published, strict=not config.tie_word_embeddings)
         return model.eval()
@@ -92,6 +94,16 @@ class Folder:
     @property
     def published(self):
         return published_tensors(**self.tensors)
+
+    @property
+    def linears(self):
+        """Linear layers of its blocks, the router left out."""
+        return LAYERS * (4 + 3 * self.tensors.get("experts", 1))
+
+    @property
+    def adapted(self):
+        """Those that get an adapter if none are named."""
+        return LAYERS * 4 if "experts" in self.tensors else self.linears
 
     def logits(self, tensors, input_ids, real=None):
         return decoder_logits(tensors, input_ids, real, theta=self.theta, eps=self.eps)
@@ -132,6 +144,32 @@ FOLDERS = {
         theta=1000000.0,
     ),
     "A2D-Llama": Folder({"model_type": "a2d-llama", "tie_word_embeddings": False}, eps=1e-5),
+    "LLaDA-MoE": Folder(  # no mask token in its config.json
+        {
+            "model_type": "llada",
+            "architectures": ["LLaDAMoEModelLM"],
+            "auto_map": {"AutoConfig": "configuration_lladamoe.C", "AutoModelForCausalLM": "modeling_lladamoe.M"},
+            "tie_word_embeddings": False,
+            "head_dim": 8,
+            "expert_intermediate_size": 64,
+            "dense_intermediate_size": 96,
+            "shared_expert_intermediate_size": None,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "moe_layer_freq": [1, 1],
+            "moe_router_enable_expert_bias": False,
+            "moe_router_score_function": "softmax",
+            "norm_topk_prob": None,
+            "output_router_logits": False,
+            "partial_rotary_factor": 1,
+            "qk_layernorm": True,
+            "router_aux_loss_coef": 0.01,
+            "routed_scaling_factor": 1,
+        },
+        {"head_norms": True, "experts": EXPERTS},
+        theta=50000.0,
+        eps=1e-5,
+    ),
 }
 IDS = torch.tensor([[5, 2, 9, 11, 2, 2, 7, 3], [1, 0, 2, 4, 8, 2, 13, 29]])
 REAL = torch.tensor([[1] * 8, [0, 0, 0] + [1] * 5])
@@ -212,7 +250,7 @@ def test_an_adapter_is_exchanged_by_published_names_and_merges(folder, path, tmp
     for name in [name for name in tensors if name.endswith("lora_A.weight")]:
         target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         merged[f"{target}.weight"] += 2 * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]  # alpha / r
-    assert len(tensors) == 2 * 7 * 2  # A and B of every linear layer of the blocks, and none on the head
+    assert len(tensors) == 2 * folder.adapted  # A and B of layers of the blocks, and none on the head
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path / "adapter")
     assert torch.equal(logits(again), logits(adapted))
     whole = again.merge_and_unload()
@@ -253,13 +291,15 @@ def test_layer_checkpointing_changes_no_gradient(path):
 
 
 @pytest.mark.slow
-def test_in_4_bits_head_and_embeddings_are_spared_and_it_reloads(path, tmp_path):
+def test_in_4_bits_head_and_embeddings_are_spared_and_it_reloads(folder, path, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    quantised = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, dtype=torch.float32)
+    config = spare_in_quantization(NF4, AutoConfig.from_pretrained(path))  # as the trainers do
+    quantised = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32)
     linears = [name for name, m in quantised.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert len(linears) == 7 * 2 and not any("lm_head" in name for name in linears)
-    for layer in (quantised.get_input_embeddings(), quantised.get_output_embeddings()):
-        assert layer.weight.dtype == torch.float32
+    assert len(linears) == folder.linears and not any("lm_head" in name for name in linears)
+    spared = [quantised.get_input_embeddings(), quantised.get_output_embeddings()]
+    spared += [module for name, module in quantised.named_modules() if name.endswith("mlp.gate")]
+    assert all(layer.weight.dtype == torch.float32 for layer in spared)
     quantised.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.train()(input_ids=IDS).logits, quantised.train()(input_ids=IDS).logits)
@@ -335,7 +375,8 @@ LN2 = torch.tensor(2.0).log().item()
 
 def test_trained_by_path_with_an_adapter(folder, tmp_path):
     """With layer checkpointing, TRL's default. Where config.json has no mask token it is the tokenizer's."""
-    mask = {"mask_token_id": 2} if folder is FOLDERS["iLLaDA"] else {}  # 5 is another token of this tokenizer
+    by_default = folder.fields["model_type"] in ("illada", "llada")  # another token of this tokenizer
+    mask = {"mask_token_id": 2} if by_default else {}
     path = folder.write(tmp_path / "published", **mask)
     make_tokenizer(with_mask=True).save_pretrained(path)
     trainer = trained(path, tmp_path / "out", LoraConfig(r=2), max_steps=2)
@@ -489,6 +530,25 @@ def test_the_unknown_token_is_no_mask_token():
         ("A2D-Llama", {"num_experts": 4}, "`num_experts=4` is not implemented"),
         ("A2D-Qwen3", {"final_logit_softcapping": 30.0}, "`final_logit_softcapping=30.0` is not implemented"),
         ("A2D-Qwen2", {"is_causal": True}, "`is_causal=True` contradicts"),
+        ("LLaDA-MoE", {"is_causal": True}, "`is_causal=True` contradicts model_type='llada'"),
+        ("LLaDA-MoE", {"d_model": 32}, "configuration of LLaDA-MoE .*num_experts=4.* not `d_model`"),
+        ("LLaDA-MoE", {"architectures": ["LLaDAVModelLM"], "num_experts": None}, "is neither LLaDA .* nor LLaDA-MoE"),
+        (
+            "LLaDA-MoE",
+            {"num_experts_per_tok": 5},
+            r"`num_experts_per_tok` \(5\) must be .* at most .* \(4\)",
+        ),
+        ("LLaDA-MoE", {"moe_layer_freq": [0, 1]}, r"`moe_layer_freq=\[0, 1\]` is not implemented"),
+        ("LLaDA-MoE", {"moe_router_enable_expert_bias": True}, "`moe_router_enable_expert_bias=True` is not impl"),
+        ("LLaDA-MoE", {"moe_router_score_function": "sigmoid"}, "`moe_router_score_function='sigmoid'` is not impl"),
+        ("LLaDA-MoE", {"norm_topk_prob": True}, "`norm_topk_prob=True` is not implemented"),
+        ("LLaDA-MoE", {"output_router_logits": True}, "`output_router_logits=True` is not implemented"),
+        ("LLaDA-MoE", {"partial_rotary_factor": 0.5}, "`partial_rotary_factor=0.5` is not implemented"),
+        ("LLaDA-MoE", {"qk_layernorm": False}, "`qk_layernorm=False` is not implemented"),
+        ("LLaDA-MoE", {"routed_scaling_factor": 2.5}, "`routed_scaling_factor=2.5` is not implemented"),
+        ("LLaDA-MoE", {"router_num_group": 8}, "`router_num_group=8` is not implemented"),
+        ("LLaDA-MoE", {"router_topk_group": 4}, "`router_topk_group=4` is not implemented"),
+        ("LLaDA-MoE", {"shared_expert_intermediate_size": 64}, "`shared_expert_intermediate_size=64` is not impl"),
     ],
 )
 def test_a_configuration_of_another_architecture(name, changes, message, tmp_path):

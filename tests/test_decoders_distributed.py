@@ -13,11 +13,18 @@ from peft import LoraConfig
 from processes import run_forked
 from test_decoders import FOLDERS
 from test_distributed import COMMON, FSDP, assert_the_same, fsdp_on_the_cpu, logs, outcome
+from test_experts import EVERYWHERE
 from test_trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 
-CELLS = {"iLLaDA": None, "Dream": LoraConfig(r=4)}  # all weights, with a tied head; an adapter, with shifted logits
+# All weights, with a tied head; adapters, with shifted logits, a tied head, and on experts that not every token meets
+CELLS = {
+    "iLLaDA": None,
+    "Dream": LoraConfig(r=4),
+    "A2D-Qwen3": LoraConfig(r=4),
+    "LLaDA-MoE": LoraConfig(r=4, target_modules=EVERYWHERE),
+}
 # Which layers are wrapped is then what the model says
 BY_THE_MODEL = {name: value for name, value in FSDP.items() if name != "FSDP_TRANSFORMER_CLS_TO_WRAP"}
 

@@ -26,7 +26,9 @@ def _tell_peft(constants: Any) -> None:
     """Default targets of LoRA, where PEFT has those of the model types that it knows; the trainers need no telling."""
     targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     for family in (family for family in FAMILIES if family.auto_class):  # those with classes here
-        targets.update(dict.fromkeys(family.model_types, family.lora_target_modules))
+        for name in family.model_types:
+            before, own = targets.get(name, ""), family.lora_target_modules
+            targets[name] = f"{before}|{own}" if ".*" in before else own  # two families of one `model_type`: patterns
 
 
 after_import("peft.utils.constants", _tell_peft)

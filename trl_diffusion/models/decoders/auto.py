@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from .configuration import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config, DreamConfig, ILLaDAConfig
+from .configuration import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config, DreamConfig, ILLaDAConfig, LLaDAMoEConfig
+from .experts import LLaDAMoEModelLM
 from .modeling import (
     A2DLlamaLMHeadModel,
     A2DQwen2LMHeadModel,
@@ -18,13 +19,15 @@ CLASSES = {
     A2DQwen2Config: A2DQwen2LMHeadModel,
     A2DQwen3Config: A2DQwen3LMHeadModel,
     A2DLlamaConfig: A2DLlamaLMHeadModel,
+    LLaDAMoEConfig: LLaDAMoEModelLM,
 }
 
 
 def register() -> None:
     """Let the auto classes know them. Their published `AutoModel` is the model with its head, and so it is here."""
     for config, model in CLASSES.items():
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+        if config is not LLaDAMoEConfig:  # found by that of dense LLaDA, whose `model_type` it has
+            AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
             auto.register(config, model, exist_ok=True)
     AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer, exist_ok=True)

@@ -34,14 +34,16 @@ class BidirectionalConfig(_Config):
     """Put in front of a configuration of transformers: both sides are seen, and what is not implemented is refused."""
 
     model_type: ClassVar[str]
+    off: ClassVar[dict[str, Any]] = _OFF
 
     def __post_init__(self, **kwargs: Any) -> None:
-        asked = {name: kwargs.get(name, getattr(self, name, off)) for name, off in _OFF.items()}
+        asked = {name: kwargs.get(name, getattr(self, name, off)) for name, off in self.off.items()}
         for name, value in asked.items():
-            if value is not None and value != _OFF[name]:
+            if value is not None and value != self.off[name]:
                 raise ValueError(
                     f"`{name}={value!r}` is not implemented for model_type={self.model_type!r}, whose published "
-                    f"checkpoints have `{name}={_OFF[name]!r}`. It would be another model: look for a class of its own."
+                    f"checkpoints have `{name}={self.off[name]!r}`. It would be another model: look for a class of its "
+                    "own."
                 )
         # A choice of kernels, with which a checkpoint was trained, is none of the architecture
         kwargs.pop("attn_implementation", None)
@@ -124,3 +126,59 @@ class A2DLlamaConfig(BidirectionalConfig, LlamaConfig):
     model_type = "a2d-llama"
     is_causal: bool = False
     mask_token_id: int | None = None
+
+
+@strict
+class LLaDAMoEConfig(BidirectionalConfig, Qwen3Config):
+    """
+    LLaDA-MoE (arXiv 2509.24389), whose `model_type` is that of dense LLaDA. The defaults are those of the 7B-A1B.
+
+    The layers of Qwen3, with experts in the place of the feed-forward layer. The loss that balances their use in
+    pre-training (`router_aux_loss_coef`) is not computed: what a score asks for has no room for it.
+    """
+
+    model_type = "llada"
+    attribute_map = {"intermediate_size": "expert_intermediate_size"}
+    default_theta = 50000.0
+    off: ClassVar[dict[str, Any]] = {
+        **{name: value for name, value in _OFF.items() if name != "num_experts"},
+        "moe_router_enable_expert_bias": False,
+        "moe_router_score_function": "softmax",
+        "norm_topk_prob": False,
+        "output_router_logits": False,
+        "qk_layernorm": True,
+        "routed_scaling_factor": 1.0,
+        "router_num_group": None,
+        "router_topk_group": None,
+        "shared_expert_intermediate_size": None,
+    }
+    vocab_size: int = 157184
+    hidden_size: int = 2048
+    expert_intermediate_size: int = 1024
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 16
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    is_causal: bool = False
+    mask_token_id: int | None = 156895
+    pad_token_id: int | None = 156892
+    eos_token_id: int | list[int] | None = 156892
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        frequency = getattr(self, "moe_layer_freq", None)
+        if frequency not in (None, 1, [1] * self.num_hidden_layers):
+            raise ValueError(
+                f"`moe_layer_freq={frequency}` is not implemented for LLaDA-MoE: in published checkpoints every layer "
+                "has experts. It would be another model: look for a class of its own."
+            )
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at least 1 and at most `num_experts` "
+                f"({self.num_experts})."
+            )
+        # An entry of any value has TRL ask for the loss of the router
+        vars(self).pop("output_router_logits", None)

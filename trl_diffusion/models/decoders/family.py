@@ -29,6 +29,16 @@ DECODERS = [
         end_of_turn=("<|eot_id|>",),
         unquantized=("lm_head",),
     ),
+    Family(
+        name="LLaDA-MoE",
+        model_types=("llada",),
+        only_if=lambda config: hasattr(config, "num_experts"),
+        auto_class="AutoModelForCausalLM",
+        end_of_turn=("<|role_end|>",),
+        # Experts are adapted where that is asked for: .*\.(self_attn|experts\.\d+)\.\w+_proj
+        lora_target_modules=r".*\.self_attn\.(q|k|v|o)_proj",
+        unquantized=("lm_head", "mlp.gate"),  # the router too: a token that is given to others is another function
+    ),
     # Converted by a user: what is to be known of it is its soft cap
     Family(
         name="bidirectional Gemma", model_types=("gemma2", "gemma3_text"), head=Head(soft_cap="final_logit_softcapping")

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..decoders.configuration import LLaDAMoEConfig
+
 # The published configuration is a general one (it descends from OLMo) and most of its switches were never used by a
 # LLaDA. A checkpoint that sets one of them otherwise is another architecture, and must not be loaded as if it were not.
 _ONLY_IMPLEMENTED: dict[str, Any] = {
@@ -56,7 +58,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a switch of the published configuration asks for an architecture that is not implemented, or the
-            configuration is that of LLaDA-MoE, which has the same `model_type`.
+            configuration is that of LLaDA-MoE, which has the same `model_type`. (`AutoConfig` finds its class.)
     """
 
     model_type = "llada"
@@ -93,6 +95,13 @@ class LLaDAConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     is_causal: bool = False
     use_cache: bool = False
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the entries of a config.json, those of LLaDA-MoE too, which have a class of their own."""
+        if _has_experts(config_dict) and "d_model" not in config_dict:
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_other_architectures({"architectures": self.architectures, **kwargs})
@@ -140,13 +149,25 @@ class LLaDAConfig(PreTrainedConfig):
             )
 
 
+def _has_experts(entries: dict[str, Any]) -> bool:
+    """Whether they are of LLaDA-MoE; `LLaDAMoEModelLM` is its published class."""
+    return bool(entries.get("num_experts")) or any("MoE" in name for name in entries.get("architectures") or ())
+
+
 def _refuse_other_architectures(kwargs: dict[str, Any]) -> None:
     architectures = kwargs.get("architectures") or []
-    if "num_experts" in kwargs or any("MoE" in name for name in architectures):
+    if _has_experts(kwargs):
         raise ValueError(
             f"This is the configuration of LLaDA-MoE (architectures={architectures}, "
             f"num_experts={kwargs.get('num_experts')}), which shares `model_type='llada'` with LLaDA but is another "
-            "architecture. It is not implemented; use a dense LLaDA checkpoint."
+            "architecture. `AutoConfig.from_pretrained` finds its class, if its width is called `hidden_size` and not "
+            "`d_model`, as published."
+        )
+    if architectures and not {"LLaDAModelLM", "LLaDAModel"} & set(architectures):
+        raise ValueError(
+            f"architectures={architectures} with `model_type='llada'` is neither LLaDA (`LLaDAModelLM`) nor LLaDA-MoE "
+            "(`LLaDAMoEModelLM`), and what it computes is not known. If it is LLaDA under another name, correct "
+            "`architectures` in its config.json."
         )
     for name, implemented in _ONLY_IMPLEMENTED.items():
         value = kwargs.get(name, implemented)

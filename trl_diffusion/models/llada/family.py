@@ -19,6 +19,7 @@ _TRAINING_TEMPLATE = (
 LLADA = Family(
     name="LLaDA",
     model_types=("llada",),
+    only_if=lambda config: not hasattr(config, "num_experts"),  # LLaDA-MoE has the same `model_type`
     auto_class="AutoModelForCausalLM",
     end_of_turn=("<|eot_id|>",),
     training_chat_template=_TRAINING_TEMPLATE,

@@ -144,6 +144,11 @@ class LLaDAModel(LLaDAPreTrainedModel):
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
+        if not isinstance(config, LLaDAConfig):
+            raise ValueError(
+                f"`{type(config).__name__}` is the configuration of LLaDA-MoE and not of this dense LLaDA. Load the "
+                "checkpoint with `AutoModelForCausalLM.from_pretrained`."
+            )
         config.validate_architecture()  # it may have been changed since it was read
         # No padding index: LLaDA pads with its end-of-text token, whose embedding must keep learning.
         self.transformer = nn.ModuleDict(
