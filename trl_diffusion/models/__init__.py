@@ -10,11 +10,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .._after_import import after_import
 from .decoders.auto import register
-from .decoders.configuration import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config, DreamConfig, ILLaDAConfig
+from .decoders.configuration import (
+    A2DLlamaConfig,
+    A2DQwen2Config,
+    A2DQwen3Config,
+    DreamConfig,
+    ILLaDAConfig,
+    LLaDAMoEConfig,
+)
 from .families import FAMILIES
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAModel, LLaDAModelLM
 
+LLaDAConfig.with_experts = LLaDAMoEConfig
 AutoConfig.register("llada", LLaDAConfig, exist_ok=True)
 AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)
 AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
@@ -40,6 +48,7 @@ __all__ = [
     "DreamConfig",
     "ILLaDAConfig",
     "LLaDAConfig",
+    "LLaDAMoEConfig",
     "LLaDAModel",
     "LLaDAModelLM",
 ]

@@ -180,5 +180,5 @@ class LLaDAMoEConfig(BidirectionalConfig, Qwen3Config):
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at least 1 and at most `num_experts` "
                 f"({self.num_experts})."
             )
-        # An entry of any value has TRL ask for the loss of the router
-        vars(self).pop("output_router_logits", None)
+        if hasattr(self, "output_router_logits"):  # whatever its value, TRL would ask for the loss of the router
+            del self.output_router_logits

@@ -58,6 +58,7 @@ class LLaDAMoEModelLM(InPlaceMixin, Qwen3ForCausalLM):
 
     def __init__(self, config: LLaDAMoEConfig):
         super().__init__(config)
-        for layer in self.model.layers:
+        model: Any = self
+        for layer in model.model.layers:
             layer.mlp = SparseMLP(config)
-        self.post_init()
+        model.post_init()

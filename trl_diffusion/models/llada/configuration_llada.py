@@ -1,12 +1,10 @@
 """Configuration of LLaDA (arXiv 2502.09992), with the field names of the published checkpoints."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-
-from ..decoders.configuration import LLaDAMoEConfig
 
 # The published configuration is a general one (it descends from OLMo) and most of its switches were never used by a
 # LLaDA. A checkpoint that sets one of them otherwise is another architecture, and must not be loaded as if it were not.
@@ -62,6 +60,7 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
+    with_experts: ClassVar[type[PreTrainedConfig]]  # that of LLaDA-MoE, which stands in the room beside
     attribute_map = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -100,7 +99,7 @@ class LLaDAConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """From the entries of a config.json, those of LLaDA-MoE too, which have a class of their own."""
         if _has_experts(config_dict) and "d_model" not in config_dict:
-            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+            return cls.with_experts.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
