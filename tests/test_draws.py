@@ -21,25 +21,32 @@ ROUNDING = 1e-7  # of weights, which are float32
 CONTROLS = {"plain": None, "control": "leave_one_out", "few witnesses": ControlVariate(bandwidth=0.1, ridge=0.05)}
 # (L', K): one draw, units that are cut short, fewer and more draws than tokens
 SIZES = [(1, 3), (2, 5), (3, 2), (4, 8), (5, 1), (6, 3)]
+# A scheme, its law of levels, and sizes
+LAWS = [(scheme, 1.0, *size) for scheme in SCHEMES for size in SIZES]
+LAWS += [
+    (scheme, a, *size)
+    for scheme in ("fixed_count", "mirror")
+    for a, size in zip((0.5, 0.75), SIZES[3::2], strict=False)
+]
 CAP = 50.0
 
 
-@pytest.mark.parametrize("length, num_mc_samples", SIZES)
+@pytest.mark.parametrize("scheme, concentration, length, num_mc_samples", LAWS)
 @pytest.mark.parametrize("couple_pairs", [False, True], ids=["", "coupled"])
 @pytest.mark.parametrize("control", CONTROLS)
 @pytest.mark.parametrize("stratify", [False, True], ids=["", "stratified"])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_law(scheme, stratify, control, couple_pairs, length, num_mc_samples):
+def test_law(scheme, concentration, length, num_mc_samples, stratify, control, couple_pairs):
     """
-    Every scheme with every refinement; each of two coupled responses keeps the law.
+    Every scheme with every refinement and law of levels; each of two coupled responses keeps the law.
 
     With levels t in (0, 1] a weight of 1/t has no variance: rows with a level below 1/CAP are left out of both sides.
     """
     ids = response_pairs(length) if couple_pairs else torch.arange(ROWS).repeat_interleave(1 + length).view(ROWS, -1)
     maskable = (torch.arange(1 + length) > 0).expand(len(ids), -1)
     arguments = (maskable, num_mc_samples, scheme, stratify, 1, ids)
-    draws = draw_masks(*arguments, control_variate=CONTROLS[control], couple_pairs=couple_pairs)
-    level = draw_masks(*arguments, control_variate="leave_one_out", couple_pairs=couple_pairs).control.inclusion
+    options = {"couple_pairs": couple_pairs, "level_concentration": concentration}
+    draws = draw_masks(*arguments, control_variate=CONTROLS[control], **options)
+    level = draw_masks(*arguments, control_variate="leave_one_out", **options).control.inclusion
     keep, law = torch.ones(len(ids), dtype=torch.bool), [1 / (n * comb(length, n)) for n in range(1, length + 1)]
     if scheme == "bernoulli":
         keep, law = (level >= 1 / CAP).all(0), capped_law(length, num_mc_samples, stratify)

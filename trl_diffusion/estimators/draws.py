@@ -26,7 +26,7 @@ import torch
 
 from .control_variate import Control, ControlVariate, named_control_variate
 from .hashing import hash_rows, mix, mix_int, uniform
-from .schemes import SCHEMES
+from .schemes import SCHEMES, check_levels
 
 # Part of the key under which reference values are stored: change it whenever the same arguments give other draws.
 DRAW_VERSION = 2
@@ -96,6 +96,7 @@ class MaskSampler:
         seed: of all draws.
         control_variate: settings of the leave-one-out token control variate, or their name, see [`draw_masks`].
         couple_pairs: whether responses to one prompt share levels and the fate of equal tokens.
+        level_concentration: a of the law Beta(a, a) of the levels.
     """
 
     num_mc_samples: int = 8
@@ -104,6 +105,7 @@ class MaskSampler:
     seed: int = 0
     control_variate: ControlVariate | str | None = None
     couple_pairs: bool = False
+    level_concentration: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "control_variate", named_control_variate(self.control_variate))
@@ -131,6 +133,7 @@ class MaskSampler:
             nonce=nonce,
             control_variate=settings,
             couple_pairs=self.couple_pairs,
+            level_concentration=self.level_concentration,
         )
 
     @property
@@ -151,6 +154,7 @@ def draw_masks(
     nonce: int = 0,
     control_variate: ControlVariate | str | None = None,
     couple_pairs: bool = False,
+    level_concentration: float = 1.0,
 ) -> MaskDraws:
     """
     Draw K masks for each row.
@@ -171,41 +175,47 @@ def draw_masks(
             or `"none"`. The masks are the same, the weights not.
         couple_pairs: let responses to one prompt share their levels, and equal tokens at equal places their fate. Each
             response's draws keep their distribution; the noise that two responses share leaves their difference.
+        level_concentration: levels are drawn from Beta(a, a) with this a in (0, 1], and weighed for it, so that the
+            mean is the same. 1 is uniform. Below it the ends of (0, 1) come more often and weigh less, which for long
+            responses is quieter; 0.5 is the arcsine law. For schemes that draw a count.
 
     Returns:
         [`MaskDraws`] on the device of `maskable`.
 
     Raises:
-        ValueError: unknown scheme or control variate, K < 1, `couple_pairs` without `rows`, shapes that differ, or a
-            row in which nothing is maskable.
+        ValueError: unknown scheme or control variate, K < 1, `couple_pairs` without `rows`, no such law of levels or
+            none that the scheme has, shapes that differ, or a row in which nothing is maskable.
     """
     check_shapes(maskable, rows=rows, attention_mask=attention_mask)
     settings = named_control_variate(control_variate)
+    check_levels(scheme, level_concentration)
     if num_mc_samples < 1:
         raise ValueError(f"`num_mc_samples` must be at least 1, got {num_mc_samples}.")
-    if scheme not in SCHEMES:
-        raise ValueError(f"`scheme` must be one of {sorted(SCHEMES)}, got {scheme!r}.")
     if couple_pairs and rows is None:
         raise ValueError("`couple_pairs=True` compares the content of rows: pass `rows`, the token ids.")
     maskable = maskable.bool()
-    num_maskable = maskable.sum(-1)  # (B,) L'
-    if not bool(num_maskable.all()):
-        empty = (num_maskable == 0).nonzero().flatten().tolist()
-        raise ValueError(f"Rows {empty} have no maskable token: the ELBO of an empty response is not defined.")
+    _refuse_empty(maskable)
 
     size = SCHEMES[scheme].draws_per_unit
     key = mix(mix(_row_content(maskable, rows, attention_mask, couple_pairs) + mix_int(seed)) + mix_int(nonce))
     unit = torch.arange(-(-num_mc_samples // size), device=maskable.device).unsqueeze(1)  # (U, 1)
-    level = _levels(key, unit, stratify)
+    share = _shares(key, unit, stratify)
     noise = mix(mix(mix(key + _TOKEN) + unit).unsqueeze(-1) + _token_content(maskable, rows, couple_pairs))
 
-    masked, inclusion = SCHEMES[scheme].make(level, noise, maskable)
-    masked, inclusion = (x.flatten(0, 1)[:num_mc_samples] for x in (masked, inclusion))  # (K, B, L) and (K, B)
-    scale = 1 / (inclusion.double() * num_mc_samples)
+    made = SCHEMES[scheme].make(share, noise, maskable, level_concentration)
+    masked, inclusion, importance = (x.flatten(0, 1)[:num_mc_samples] for x in made)  # (K, B, L), and (K, B) twice
+    scale = importance / (inclusion.double() * num_mc_samples)
     if settings is None:
         return MaskDraws(masked, (scale.unsqueeze(-1) * masked).float(), size)
     control = Control(settings, masked, maskable, scale, inclusion.double(), size)
     return MaskDraws(masked, control.weight().float(), size, control)
+
+
+def _refuse_empty(maskable: torch.Tensor) -> None:
+    some = maskable.any(-1)
+    if not bool(some.all()):
+        empty = (~some).nonzero().flatten().tolist()
+        raise ValueError(f"Rows {empty} have no maskable token: the ELBO of an empty response is not defined.")
 
 
 def check_shapes(maskable: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -220,8 +230,8 @@ def check_shapes(maskable: torch.Tensor, **others: torch.Tensor | None) -> None:
             )
 
 
-def _levels(key: torch.Tensor, unit: torch.Tensor, stratify: bool) -> torch.Tensor:
-    """`(U, B)` levels, each uniform on [0, 1); stratified: evenly spaced on the circle, from a random start."""
+def _shares(key: torch.Tensor, unit: torch.Tensor, stratify: bool) -> torch.Tensor:
+    """`(U, B)` shares of the law of levels, each uniform on [0, 1); stratified: evenly spaced, from a random start."""
     key = mix(key + _LEVEL)
     if stratify:
         return (uniform(key) + unit / len(unit)).frac()

@@ -4,13 +4,15 @@ Masking schemes: how a mask level becomes masks.
 A scheme makes *units* of draws. The draws of one unit are made together and depend on each other; units are independent
 of each other, given their levels. A scheme maps
 
-    level     (U, B)     uniform on [0, 1), one per unit and row
+    share     (U, B)     uniform on [0, 1), one per unit and row: the share of the law of levels that is passed over
     noise     (U, B, L)  int64, independent per unit, row and token
     maskable  (B, L)
+    a                    of the law of counts, see [`levels`](levels.py)
 
-to `masked` (U, S, B, L), the masks of the S draws of each unit, and `inclusion` (U, S, B), the probability that a token
-of the response is hidden, given the level. The weight of a draw is one over it: VRPO (arXiv 2505.19223) eq. 12 with
-1/t, eq. 14 with L'/l.
+to `masked` (U, S, B, L), the masks of the S draws of each unit; `inclusion` (U, S, B), the probability that a token of
+the response is hidden, given the level; and `importance` (U, S, B), how likely the count is under the uniform law over
+how likely it is under this one. The weight of a draw is importance over inclusion; under the uniform law that is VRPO's
+(arXiv 2505.19223) 1/t in eq. 12, and L'/l in eq. 14.
 
 Every scheme keeps the law of [`draws`](draws.py) for each of its draws alone.
 """
@@ -21,8 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from .hashing import uniform
+from .levels import draw_counts
 
-Masks = tuple[torch.Tensor, torch.Tensor]
+Masks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,39 +36,56 @@ class Scheme:
         draws_per_unit: S.
     """
 
-    make: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Masks]
+    make: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Masks]
     draws_per_unit: int = 1
 
 
-def _bernoulli(level: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor) -> Masks:
-    """Each token hidden with probability t = 1 - level, in (0, 1]."""
-    t = 1 - level
+def check_levels(scheme: str, a: float) -> None:
+    """Refuse an unknown scheme, an `a` that is no law of its levels, and one that the scheme does not have."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"`scheme` must be one of {sorted(SCHEMES)}, got {scheme!r}.")
+    if isinstance(a, bool) or not isinstance(a, (int, float)) or not 0 < a <= 1:
+        raise ValueError(
+            f"`level_concentration` must be a number in (0, 1], got {a!r}. Levels are drawn from Beta(a, a): 1 is "
+            "uniform, as in the papers, and 0.5 the arcsine law."
+        )
+    if scheme == "bernoulli" and a != 1:
+        raise ValueError(
+            f"`level_concentration={a}` is a law of the number of hidden tokens, which the scheme 'bernoulli' does not "
+            "draw: take 'mirror' or 'fixed_count', or leave it at 1."
+        )
+
+
+def _bernoulli(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float) -> Masks:
+    """Each token hidden with probability t = 1 - share, in (0, 1]: uniform levels only."""
+    t = 1 - share
     masked = (uniform(noise) < t.unsqueeze(-1)) & maskable
-    return masked.unsqueeze(1), t.unsqueeze(1)
+    return masked.unsqueeze(1), t.unsqueeze(1), torch.ones_like(t).unsqueeze(1)
 
 
-def _fixed_count(level: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor) -> Masks:
-    """Exactly l ~ U{1..L'} tokens hidden, every subset of that size equally likely."""
+def _fixed_count(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float) -> Masks:
+    """Exactly l in {1..L'} tokens hidden, every subset of that size equally likely."""
     num_maskable = maskable.sum(-1)
-    num_masked = _count(level, num_maskable)
+    num_masked, importance = draw_counts(share, num_maskable, a)
     masked = (_rank(noise, maskable) < num_masked.unsqueeze(-1)) & maskable
-    return masked.unsqueeze(1), (num_masked / num_maskable).unsqueeze(1)
+    return masked.unsqueeze(1), (num_masked / num_maskable).unsqueeze(1), importance.unsqueeze(1)
 
 
-def _mirror(level: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor) -> Masks:
+def _mirror(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float) -> Masks:
     """
     Pairs of masks of sizes l and L' + 1 - l: the second hides what the first shows, and one random token of the first.
 
-    Both sizes are uniform on {1..L'} and both masks uniform among those of their size. What one mask leaves out the
-    other counts, so the choice of tokens makes less noise; and a level is answered by its opposite.
+    Both sizes have one law, which is symmetric, and both masks are uniform among those of their size. What one mask
+    leaves out the other counts, so the choice of tokens makes less noise; and a level is answered by its opposite.
     """
     num_maskable = maskable.sum(-1)
-    num_masked = _count(level, num_maskable)
+    num_masked, importance = draw_counts(share, num_maskable, a)
     rank = _rank(noise, maskable)
     first = rank < num_masked.unsqueeze(-1)
     second = rank >= (num_masked - 1).unsqueeze(-1)
     masked = torch.stack([first, second], dim=1) & maskable
-    return masked, torch.stack([num_masked, num_maskable + 1 - num_masked], dim=1) / num_maskable
+    inclusion = torch.stack([num_masked, num_maskable + 1 - num_masked], dim=1) / num_maskable
+    return masked, inclusion, torch.stack([importance, importance], dim=1)
 
 
 SCHEMES = {
@@ -73,11 +93,6 @@ SCHEMES = {
     "fixed_count": Scheme(_fixed_count),
     "mirror": Scheme(_mirror, draws_per_unit=2),
 }
-
-
-def _count(level: torch.Tensor, num_maskable: torch.Tensor) -> torch.Tensor:
-    """The count l in {1..L'} at a uniform level. A floor: rounding half to even would favour some counts."""
-    return torch.minimum((level * num_maskable).long() + 1, num_maskable)
 
 
 def _rank(noise: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""The laws of the number of hidden tokens: against their closed form, and against counts that are drawn."""
+
+from math import lgamma
+
+import pytest
+import torch
+
+from trl_diffusion import draw_masks
+from trl_diffusion.estimators.levels import draw_counts
+
+ROWS = 20_000
+LARGEST_Z = 5.0
+
+
+def law(total, a):
+    """Beta-binomial of l - 1 in L' - 1, by its formula: C(L' - 1, l - 1) B(l - 1 + a, L' - l + a) / B(a, a)."""
+
+    def log_beta(x, y):
+        return lgamma(x) + lgamma(y) - lgamma(x + y)
+
+    n = total - 1
+    logs = [-log_beta(k + 1, n - k + 1) + log_beta(k + a, n - k + a) - log_beta(a, a) for k in range(total)]
+    return torch.tensor(logs, dtype=torch.float64).exp() / total  # C(n, k) = 1 / ((n + 1) B(k + 1, n - k + 1))
+
+
+@pytest.mark.parametrize("a", [0.1, 0.5, 0.75, 1 - 1e-9])
+@pytest.mark.parametrize("total", [1, 2, 7, 300, 4000])
+def test_counts_and_their_importance_are_those_of_the_beta_binomial_law(total, a):
+    """Every count is drawn for a part of [0, 1) that is as long as it is likely, and weighed by one over that."""
+    expected = law(total, a)
+    ends = expected.cumsum(0)
+    for place in (1e-3, 0.5, 1 - 1e-3):  # of each count's part
+        inside = (ends - place * expected).unsqueeze(1)
+        counts, importance = draw_counts(inside, torch.tensor([total]), a)
+        assert torch.equal(counts.flatten(), torch.arange(1, total + 1))
+    # lgamma of thousands is rounded at 1e-12; the recursion is not
+    torch.testing.assert_close(importance.flatten(), 1 / (total * expected), rtol=1e-10, atol=0)
+
+
+def test_one_is_uniform_to_the_last_bit():
+    """And what is next to it is next to uniform."""
+    share = torch.rand(5000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.tensor([1, 2, 7, 4000])
+    counts, importance = draw_counts(share.expand(-1, 4), total, 1.0)
+    assert torch.equal(counts, (share * total).long() + 1) and torch.equal(importance, torch.ones_like(importance))
+    near, near_importance = draw_counts(share.expand(-1, 4), total, 1 - 1e-12)
+    assert (near == counts).double().mean() > 0.999
+    torch.testing.assert_close(near_importance, importance, rtol=1e-9, atol=0)
+
+
+def test_rows_do_not_change_each_other():
+    """Alone or beside others, to the last bit."""
+    share = torch.rand(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.tensor([1, 300, 17, 300, 5, 1000])
+    together = draw_counts(share, total, 0.5)
+    for row in range(6):
+        alone = draw_counts(share[:, [row]], total[[row]], 0.5)
+        assert all(torch.equal(a.flatten(), b[:, row]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
+@pytest.mark.parametrize("stratify", [False, True], ids=["", "stratified"])
+@pytest.mark.parametrize("a", [0.5, 0.75])
+def test_counts_come_as_often_as_their_weight_says(scheme, stratify, a):
+    length = 5
+    maskable = torch.ones(ROWS, length, dtype=torch.bool)
+    draws = draw_masks(maskable, 4, scheme, stratify, seed=2, level_concentration=a)
+    counts, expected = draws.masked.sum(-1), law(length, a)
+    per_row = torch.stack([(counts == count).double().mean(0) for count in range(1, length + 1)], 1)
+    z = (per_row.mean(0) - expected) / (per_row.std(0) / ROWS**0.5)
+    assert z.abs().max() < LARGEST_Z
+    # A hidden token's weight is 1 / (K l P(l)): VRPO's L'/l, over L' P(l)
+    weight = 1 / (4 * counts * expected[counts - 1])
+    torch.testing.assert_close(draws.weight.amax(-1), weight.float())
+
+
+def test_the_noise_of_a_long_response_stays_bounded():
+    """
+    Tokens worth +1 or -1 nat in turn. The noise of one draw that comes from which tokens are hidden is, by the formula
+    of sampling without replacement,  sum over l of  (1/L')^2 / P(l) * (L'/l)^2 l (L'-l)/(L'-1).  Over L' that is ln L'
+    and a constant for a = 1, and below its limit  pi * integral of (1 - u)^1.5 u^-0.5  =  3 pi^2 / 8  for a = 1/2.
+    """
+    found = {}
+    for a in (1.0, 0.5):
+        for length in (50, 800):
+            p, count = law(length, a), torch.arange(1, length + 1).double()
+            of_sum = count * (length - count) / (length - 1)  # variance of the sum of `count` of the values
+            exact = ((length / count) ** 2 * of_sum / (length * p) / length).sum() / length
+            values = torch.ones(length)
+            values[::2] = -1
+            maskable = torch.ones(4000, length, dtype=torch.bool)
+            draws = draw_masks(maskable, 1, seed=1, level_concentration=a)
+            squares = (draws.weight * values).sum((0, 2)).double().square() / length
+            assert abs(squares.mean() - exact) < LARGEST_Z * squares.std() / 4000**0.5
+            found[a, length] = exact.item()
+    assert found[1.0, 800] - found[1.0, 50] == pytest.approx(torch.tensor(16.0).log().item(), rel=0.05)
+    assert found[0.5, 50] < found[0.5, 800] < 3 * torch.pi**2 / 8
+
+
+@pytest.mark.parametrize("a", [0, 1.5, float("nan"), "arcsine", True, None])
+def test_other_laws_are_refused(a):
+    with pytest.raises(ValueError, match=r"`level_concentration` must be a number in \(0, 1\], got "):
+        draw_masks(torch.ones(1, 3, dtype=torch.bool), level_concentration=a)
+
+
+def test_a_law_of_counts_is_refused_where_there_is_no_count():
+    with pytest.raises(ValueError, match=r"`level_concentration=0.5` .* 'bernoulli' does not draw: take 'mirror'"):
+        draw_masks(torch.ones(1, 3, dtype=torch.bool), scheme="bernoulli", level_concentration=0.5)

@@ -1,0 +1,55 @@
+"""
+The law of the mask level: how often how many tokens of a response are hidden.
+
+The ELBO is a mean over counts l that are uniform on {1..L'} (VRPO, arXiv 2505.19223, eqs. 14-15). Any law P of the
+count that leaves none out gives the same mean, if a draw's weight L'/l is multiplied by (1/L') / P(l), its importance.
+A draw that hides l of L' tokens counts each of them L'/l times, so few hidden tokens make much noise: under the uniform
+law the variance grows like ln L'. A law that has them come more often weighs them less, and its variance stays bounded.
+
+The laws here are those of a level t ~ Beta(a, a), 0 < a <= 1: one token is hidden, and each of the other L' - 1 with
+probability t, so that l - 1 is beta-binomial. a = 1 makes l uniform, and a = 1/2 is the arcsine law. They are
+symmetric, as mirror pairs need: l and L' + 1 - l are equally likely.
+
+Tables are made row by row on the CPU: what a sum rounds to depends on how many others are summed beside it, and a row's
+draws must not.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+def draw_counts(share: torch.Tensor, num_maskable: torch.Tensor, a: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Counts by inversion of their law.
+
+    Args:
+        share: `(U, B)` uniform on [0, 1), what part of the law is passed over.
+        num_maskable: `(B,)` L'.
+        a: of the law.
+
+    Returns:
+        `(U, B)` counts l in {1..L'}, and `(U, B)` float64 importance (1/L') / P(l).
+    """
+    if a == 1:  # a floor: rounding half to even would favour some counts
+        return torch.minimum((share * num_maskable).long() + 1, num_maskable), torch.ones_like(share)
+    laws = [_law_of_counts(total, a) for total in num_maskable.tolist()]
+    ends, importance = (
+        pad_sequence(list(parts), batch_first=True, padding_value=2.0).to(share.device)
+        for parts in zip(*laws, strict=True)
+    )
+    passed = torch.searchsorted(ends, share.T.contiguous(), right=True).T
+    passed = torch.minimum(passed, num_maskable - 1)  # the last end may be rounded below 1
+    return passed + 1, importance.gather(1, passed.T).T
+
+
+@lru_cache(maxsize=4096)
+def _law_of_counts(total: int, a: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(L',)` float64, by count: the share of the law up to it, and its importance."""
+    count = torch.arange(1, total, dtype=torch.float64)
+    ratio = (total - count) * (count - 1 + a) / (count * (total - count - 1 + a))  # P(l + 1) / P(l)
+    law = torch.cat([torch.ones(1, dtype=torch.float64), ratio]).cumprod(0)
+    law = law + law.flip(0)
+    law = law / law.sum()
+    return law.cumsum(0), 1 / (total * law)
