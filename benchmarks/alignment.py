@@ -1,141 +1,114 @@
 """
-What preference optimisation gains on the demo's task, over fresh seeds, next to the obvious alternatives.
+The demo next to the obvious alternatives, and with other estimators: right answers after equal training compute.
 
-    python benchmarks/alignment.py --seeds 0 1 2 3 4 --arms vrpo sft_on_chosen
+    python benchmarks/alignment.py --seeds 1000 1001 --arms "SFT on the chosen answers" "K=8"
     python benchmarks/alignment.py --report
 
-Each cell (arm, seed) is one training run on the base model and pairs of that seed, with the settings of the demo and
-the changes of the arm. Finished cells are kept in `runs/alignment/results.jsonl` and not run again, so the benchmark
-can be stopped and continued. The gain is in percentage points of held-out test problems with every step right.
-
-The estimator is stratified fixed counts; `estimator_accuracy.py` compares estimators. `naive` is DPO with one draw per
-ELBO, not shared with the reference: with eight times the steps it uses as many draws as VRPO; `naive_equal_time` gets
-as many steps as fit into the wall time that VRPO took.
+Each cell (arm, seed) is one training run on the base model and the pairs of a start of `demo_starts.py`, with the
+settings of the demo and the changes of the arm. All arms run as many forwards of the policy as the demo, so one with
+fewer draws takes more steps. Finished cells are kept in `runs/demo_starts/alignment.jsonl` and not run again. Gains are
+in percentage points of held-out test problems with every step right; arms are compared with the demo start by start,
+which takes out what the starts are worth.
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from counters import machine
+from demo_starts import ROOT, mean_and_half_width
 from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
 
-FIXED_COUNTS = {"mask_scheme": "fixed_count", "control_variate": "none", "couple_pairs": False}
-NAIVE = {"num_mc_samples": 1, "share_draws": False}
-EQUAL_DRAWS = demo.ALIGNMENT["max_steps"] * demo.ALIGNMENT["num_mc_samples"]
+# Policy forwards in training, per response of a batch
+FORWARDS = demo.ALIGNMENT["max_steps"] * demo.ALIGNMENT["num_mc_samples"]
+PAPER = {"mask_scheme": "fixed_count", "stratify": False, "control_variate": "none", "couple_pairs": False}
+DEMO = "the demo"
 ARMS = {
-    "vrpo": {},  # the demo's settings but for the estimator
-    "vrpo_no_sft": {"loss_type": ["sigmoid"], "loss_weights": [1.0]},
-    "vrpo_sft_1": {"loss_weights": [1.0, 1.0]},
-    "vrpo_unshared": {"share_draws": False},
-    "sft_on_chosen": {"loss_type": ["sft"], "loss_weights": [1.0]},
-    "naive": NAIVE | {"max_steps": EQUAL_DRAWS},
-    "naive_equal_time": NAIVE,  # needs the cells `vrpo` and `naive` of the same seed
+    DEMO: {},
+    "no SFT term": {"loss_type": ["sigmoid"], "loss_weights": [1.0]},
+    "SFT weight 1": {"loss_weights": [1.0, 1.0]},
+    "SFT on the chosen answers": {"loss_type": ["sft"], "loss_weights": [1.0]},
+    "K=1": {"num_mc_samples": 1},
+    "K=2": {"num_mc_samples": 2},
+    "K=8": {"num_mc_samples": 8},
+    "K=4, not shared": {"share_draws": False},
+    "the paper's estimator, K=4": PAPER | {"num_mc_samples": 4},
+    "the paper's estimator, K=8": PAPER | {"num_mc_samples": 8},
+    "naive DPO: K=1, not shared": PAPER | {"num_mc_samples": 1, "share_draws": False},
 }
-# Two-sided 95% quantiles of Student's t, by degrees of freedom
-T_QUANTILE = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
-def run_cell(root: Path, arm: str, changes: dict, seed: int, done: dict) -> dict:
-    """Train with `changes` to the demo's settings, and test."""
-    made = demo.prepare(root / f"seed-{seed}", seed)
-    if ("base", seed) not in done:
-        done["base", seed] = keep(root, {"arm": "base", "seed": seed, **scores(made["model"], made)})
-    steps = changes.get("max_steps", demo.ALIGNMENT["max_steps"])
-    output = root / f"seed-{seed}" / arm.replace(" ", "_").replace(",", "")
-    history = demo.align(root / f"seed-{seed}", output, eval_steps=steps, seed=seed, **changes)
-    aligned = PeftModel.from_pretrained(made["model"], output).eval()
-    return keep(root, {"arm": arm, "seed": seed, "steps": steps, **scores(aligned, made), **metrics(history)})
-
-
-def changes_of(arm: str, seed: int, done: dict) -> dict:
-    changes = FIXED_COUNTS | ARMS[arm]
-    if arm == "naive_equal_time":
-        seconds_per_step = done["naive", seed]["seconds"] / EQUAL_DRAWS
-        changes["max_steps"] = round(done["vrpo", seed]["seconds"] / seconds_per_step)
-    return changes
-
-
-def scores(model, made) -> dict:
-    result = demo.test(model, made["tokenizer"], made["splits"]["test"])
-    return {key: 100 * demo.task.share(result[key]) for key in ("right", "plain", "tricky", "final number")}
-
-
-def metrics(history: list[dict]) -> dict:
-    """Rewards on held-out pairs after the last step, and the seconds of training without that evaluation."""
-    evaluations = [entry for entry in history if "eval_loss" in entry]
+def run_cell(root: Path, arm: str, seed: int) -> dict:
+    """Train with the changes of an arm, and test."""
+    folder = root / f"seed-{seed}"
+    made = demo.prepare(folder, seed)
+    steps = FORWARDS // ARMS[arm].get("num_mc_samples", demo.ALIGNMENT["num_mc_samples"])
+    output = folder / ("vrpo" if arm == DEMO else re.sub(r"\W+", "_", arm).strip("_"))
+    changes = {} if arm == DEMO else ARMS[arm] | {"max_steps": steps, "eval_steps": steps}
+    history = demo.align(folder, output, seed=seed, **changes)
+    before, after = (
+        demo.shares(demo.test(model, made["tokenizer"], made["splits"]["test"]))
+        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
+    )
     runtime = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
-    rewards = {
-        name: evaluations[-1][f"eval_rewards/{name}"] for name in ("accuracies", "margins", "chosen", "rejected")
-    }
-    return rewards | {"seconds": runtime - sum(entry["eval_runtime"] for entry in evaluations)}
+    return {"arm": arm, "seed": seed, "steps": steps, "before": before, "after": after, "seconds": runtime}
 
 
-def keep(root: Path, row: dict) -> dict:
-    with open(root / "results.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
-
-
-def read(root: Path, cell: str = "arm") -> dict[tuple[str, int], dict]:
+def read(path: Path, cell: str = "arm") -> dict[tuple[str, int], dict]:
     """Finished cells by (`cell`, seed)."""
-    path = root / "results.jsonl"
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
     return {(row[cell], row["seed"]): row for row in rows}
 
 
-def mean_and_half_width(values: list[float]) -> str:
-    """Mean and the half-width of its 95% t-interval."""
-    if len(values) < 2:
-        return f"{values[0]:+.1f}"
-    half = T_QUANTILE[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):+.1f} ± {half:.1f}"
+def keep(path: Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
 
 
-def report(done: dict, arms=tuple(ARMS)) -> None:
-    seeds = sorted({seed for arm, seed in done if arm == "base"})
-    print("\nheld-out test problems with every step right, in percent; gains in points with 95% t-intervals")
-    print(f"{'arm':<20}" + "".join(f"{f'seed {seed}':>8}" for seed in seeds) + f"{'gain':>15}{'plain':>15}", end="")
-    print(f"{'tricky':>15}{'reward acc.':>13}{'steps':>7}{'seconds':>9}")
-    for arm in ["base", *arms]:
-        rows = {seed: done[arm, seed] for seed in seeds if (arm, seed) in done}
+def report(done: dict[tuple[str, int], dict], arms: list[str], baseline: str) -> None:
+    """Gains, and start by start the difference to the baseline, with 95% t-intervals."""
+    print(f"\n| | starts | steps | every step right | gain | worst | without the two verbs | above {baseline} |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm in arms:
+        rows = {seed: row for (name, seed), row in done.items() if name == arm}
         if not rows:
             continue
-        line = f"{arm:<20}" + "".join(f"{rows[s]['right']:8.1f}" if s in rows else f"{'':>8}" for s in seeds)
-        if arm != "base":
-            for key in ("right", "plain", "tricky"):
-                gains = [row[key] - done["base", seed][key] for seed, row in rows.items()]
-                line += f"{mean_and_half_width(gains):>15}"
-            mean = {key: statistics.mean(row[key] for row in rows.values()) for key in ("accuracies", "seconds")}
-            steps = round(statistics.mean(row["steps"] for row in rows.values()))
-            line += f"{mean['accuracies']:>13.2f}{steps:>7}{mean['seconds']:>9.0f}"
-        print(line)
+        gains = {key: [row["after"][key] - row["before"][key] for row in rows.values()] for key in ("right", "plain")}
+        ends = [statistics.mean(row[when]["right"] for row in rows.values()) for when in ("before", "after")]
+        above = [
+            row["after"]["right"] - done[baseline, seed]["after"]["right"]
+            for seed, row in rows.items()
+            if (baseline, seed) in done and arm != baseline
+        ]
+        cells = [arm, len(rows), next(iter(rows.values()))["steps"], "{:.1f} -> {:.1f}".format(*ends)]
+        cells += [mean_and_half_width(gains["right"]), f"{min(gains['right']):+.1f}"]
+        cells += [mean_and_half_width(gains["plain"]), mean_and_half_width(above) if above else ""]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1008)))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/alignment"))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output_dir", type=Path, default=ROOT)
     parser.add_argument("--report", action="store_true", help="only print what is finished")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    done = read(arguments.output_dir)
+    torch.set_num_threads(1)
+    path = arguments.output_dir / "alignment.jsonl"
     for seed in () if arguments.report else arguments.seeds:
         for arm in sorted(arguments.arms, key=list(ARMS).index):
-            done = read(arguments.output_dir)  # another process may be at work on it too
-            if (arm, seed) not in done:
-                changes = changes_of(arm, seed, done)
-                done[arm, seed] = run_cell(arguments.output_dir, arm, changes, seed, done)
-                print(json.dumps(done[arm, seed]), flush=True)
-    report(done)
+            if (arm, seed) not in read(path):  # another process may be at work on it too
+                keep(path, run_cell(arguments.output_dir, arm, seed))
+    report(read(path), list(ARMS), DEMO)
+    print(machine())
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """
 The baselines of ELBO-KTO next to each other: how noisy the gradient is, and what the answers gain, over fresh seeds.
 
-    python benchmarks/kto_baselines.py --seeds 0 1 2 3 4
+    python benchmarks/kto_baselines.py --seeds 1000 1001
     python benchmarks/kto_baselines.py --report
 
-Each cell (baseline, seed) is one training run on the base model and the marked answers of that seed, with the settings
-of `examples/demo_kto.py`. Finished cells are kept in `runs/kto_baselines/results.jsonl` and not run again.
+Each cell (baseline, seed) is one training run on the base model and the marked answers of a start of `demo_starts.py`,
+with the settings of `examples/demo_kto.py`. Finished cells are kept in `runs/demo_starts/kto_baselines.jsonl` and not
+run again.
 
 Gradient noise is measured at one policy per seed, the same for all baselines: that of a `batch_mean` run that was
 stopped early, where there is still something to learn. It is the trace of the covariance of the gradient over global
@@ -14,7 +15,6 @@ another baseline is another loss, so its noise alone says little. Running means 
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -25,7 +25,9 @@ from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import alignment
-import demo_kto
+import demo
+from demo_kto import ELBO_KTO
+from demo_starts import ROOT, mean_and_half_width
 
 from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer
 from trl_diffusion.trainers.elbo_kto.baselines import BASELINES, DESIRABLE, UNDESIRABLE
@@ -47,23 +49,26 @@ def options_of(baseline: str) -> dict:
 
 def run_cell(root: Path, baseline: str, seed: int) -> dict:
     folder = root / f"seed-{seed}"
-    output, made = folder / baseline, demo_kto.prepare(folder, seed)
-    history = demo_kto.align(folder, output, seed=seed, eval_strategy="no", **options_of(baseline))
-    aligned = PeftModel.from_pretrained(made["model"], output).eval()
+    output, made = folder / f"kto-{baseline}", demo.prepare(folder, seed)
+    history = demo.align(folder, output, ELBO_KTO, seed=seed, eval_strategy="no", **options_of(baseline))
+    before, after = (
+        demo.shares(demo.test(model, made["tokenizer"], made["splits"]["test"]))
+        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
+    )
     runtime = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
-    return {"baseline": baseline, "seed": seed, "seconds": runtime, **alignment.scores(aligned, made)}
+    return {"baseline": baseline, "seed": seed, "seconds": runtime, "before": before, "after": after}
 
 
 def noise_trainer(root: Path, baseline: str, seed: int) -> ELBOKTOTrainer:
     """A trainer that stands where the short `batch_mean` run ended."""
     folder = root / f"seed-{seed}"
-    made = demo_kto.prepare(folder, seed)
-    if not (folder / "early" / "adapter_config.json").exists():
-        demo_kto.align(folder, folder / "early", seed=seed, eval_strategy="no", max_steps=NOISE_STEPS, **FIXED_COUNTS)
-    settings = demo_kto.ALIGNMENT | options_of(baseline)
+    made = demo.prepare(folder, seed)
+    early = folder / "kto-early"
+    demo.align(folder, early, ELBO_KTO, seed=seed, eval_strategy="no", max_steps=NOISE_STEPS, **FIXED_COUNTS)
+    settings = ELBO_KTO.settings | options_of(baseline)
     kept = ("num_mc_samples", "beta", "per_device_train_batch_size", "baseline", "batch_composition", *FIXED_COUNTS)
     kept = {name: settings[name] for name in (*kept, "train_sampling_strategy") if name in settings}
-    policy = PeftModel.from_pretrained(made["model"], folder / "early", is_trainable=True)
+    policy = PeftModel.from_pretrained(made["model"], early, is_trainable=True)
     return ELBOKTOTrainer(
         policy,
         args=ELBOKTOConfig(str(folder / "noise"), use_cpu=True, bf16=False, report_to="none", seed=seed, **kept),
@@ -118,56 +123,40 @@ def settle_running_means(trainer) -> None:
 
 
 def report(done: dict) -> None:
-    seeds = sorted({seed for name, seed in done if name == "base"})
-    print("\nheld-out problems with every step right, in percent; gains in points with 95% t-intervals")
-    print(
-        "| baseline | "
-        + " | ".join(f"seed {seed}" for seed in seeds)
-        + " | gain | noise / signal | noise, x batch_mean | s |"
-    )
-    print("|---|" + "---|" * (len(seeds) + 4))
-    for name in ["base", *NAMES]:
-        rows = {seed: done[name, seed] for seed in seeds if (name, seed) in done}
+    """Gains and noise, with 95% t-intervals."""
+    print("\n| baseline | starts | every step right | gain | worst | noise / signal | noise, x batch_mean |")
+    print("|---|---|---|---|---|---|---|")
+    for name in NAMES:
+        rows = {seed: row for (baseline, seed), row in done.items() if baseline == name}
         if not rows:
             continue
-        cells = [f"{rows[seed]['right']:.1f}" if seed in rows else "" for seed in seeds]
-        if name == "base":
-            print(f"| base | {' | '.join(cells)} | | | | |")
-            continue
-        gains = [row["right"] - done["base", seed]["right"] for seed, row in rows.items()]
+        gains = [row["after"]["right"] - row["before"]["right"] for row in rows.values()]
+        ends = [statistics.mean(row[when]["right"] for row in rows.values()) for when in ("before", "after")]
         noise = sum(row["variance"] for row in rows.values()) / sum(row["signal"] for row in rows.values())
-        ratio = statistics.geometric_mean(
-            [row["variance"] / done["batch_mean", seed]["variance"] for seed, row in rows.items()]
-        )
-        seconds = statistics.mean(row["seconds"] for row in rows.values())
-        gain = alignment.mean_and_half_width(gains)
-        print(f"| {name} | {' | '.join(cells)} | {gain} | {noise:.2f} | {ratio:.2f} | {seconds:.0f} |")
+        ratios = [
+            row["variance"] / done["batch_mean", seed]["variance"]
+            for seed, row in rows.items()
+            if ("batch_mean", seed) in done
+        ]
+        cells = [f"`{name}`", len(rows), "{:.1f} -> {:.1f}".format(*ends), mean_and_half_width(gains)]
+        cells += [f"{min(gains):+.1f}", f"{noise:.2f}", f"{statistics.geometric_mean(ratios):.2f}" if ratios else ""]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1008)))
     parser.add_argument("--baselines", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/kto_baselines"))
+    parser.add_argument("--output_dir", type=Path, default=ROOT)
     parser.add_argument("--report", action="store_true", help="only print what is finished")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    root = arguments.output_dir
-    root.mkdir(parents=True, exist_ok=True)
-    done = alignment.read(root, "baseline")
+    root, path = arguments.output_dir, arguments.output_dir / "kto_baselines.jsonl"
     for seed in () if arguments.report else arguments.seeds:
-        made = demo_kto.prepare(root / f"seed-{seed}", seed)
-        if ("base", seed) not in done:
-            done["base", seed] = alignment.keep(
-                root, {"baseline": "base", "seed": seed, **alignment.scores(made["model"], made)}
-            )
         for name in sorted(arguments.baselines, key=NAMES.index):
-            done = alignment.read(root, "baseline")  # another process may be at work on it too
-            if (name, seed) not in done:
-                row = run_cell(root, name, seed)
-                done[name, seed] = alignment.keep(root, row | measure_noise(root, name, seed))
-                print(json.dumps(done[name, seed]), flush=True)
-    report(alignment.read(root, "baseline"))
+            if (name, seed) not in alignment.read(path, "baseline"):  # another process may be at work on it too
+                alignment.keep(path, run_cell(root, name, seed) | measure_noise(root, name, seed))
+    report(alignment.read(path, "baseline"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """
 The whole way on a CPU: make a small diffusion language model, align it with VRPO, and see what changed.
 
-1. pre-train a half-million-parameter LLaDA on the homework of a careless student (`word_problems.py`);
-2. let it answer problems several times, and pair a right answer of its own with a wrong one;
+1. pre-train a model of a quarter of a million parameters on the homework of a careless student (`word_problems.py`);
+2. let it answer problems four times each, and pair a right answer of its own with a wrong one;
 3. align it on the pairs: `vrpo_lora.py`, which is the script for real models too;
 4. answer held-out problems before and after.
 
 Everything is written to `runs/demo`, stage by stage, so that an interrupted demo goes on where it was. Nothing is
-downloaded.
+downloaded. `demo_kto.py` does the same from the marks on single answers.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -31,11 +32,17 @@ quiet_start()
 import demo_report as report
 import torch
 import word_problems as task
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from tqdm.auto import tqdm
 
 from trl_diffusion.models import LLaDAModelLM
+
+# Two layers suffice for the sums, and cost a third of a minute less each time that the model is asked for something
+MODEL = {"d_model": 96, "n_layers": 2, "mlp_hidden_size": 256, "steps": 600, "goal": 0.95}
+PROBLEMS = 2000  # to sample answers to: few pairs are learnt by heart
+SAMPLING = {"samples": 4, "steps": 8}  # two tokens a step, of a block of four in which one is to be decided at most
+HELD_OUT = 80  # problems whose answers are held-out pairs
 
 # Tuned on validation problems of other seeds than the demo's, then frozen. An answer here is fifteen tokens and one nat
 # settles which of two is greedy, so beta = 1 holds the policy where the paper's 0.2 lets it run on and forget sums.
@@ -45,55 +52,83 @@ ALIGNMENT = {
     "lora_alpha": 32,
     "lora_dropout": 0.0,
     "lora_target_modules": "all-linear",
-    "num_mc_samples": 8,
+    "num_mc_samples": 4,
     "beta": 1.0,
     "loss_type": ["sigmoid", "sft"],
     "loss_weights": [1.0, 0.05],
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 5,
-    "per_device_train_batch_size": 16,
-    "max_steps": 80,
+    "per_device_train_batch_size": 8,
+    "max_steps": 320,
 }
 HOUSEKEEPING = {
+    "gradient_checkpointing": False,  # it saves memory, which is not short here, and costs a third of the time
     "use_cpu": True,
     "bf16": False,
     "report_to": "none",
-    "logging_steps": 5,
+    "logging_steps": 10,
     "save_strategy": "steps",
-    "save_steps": 20,
+    "save_steps": 40,
     "save_total_limit": 1,
     "disable_tqdm": True,
 }
-EVALUATION = {"eval_strategy": "steps", "eval_steps": 20, "per_device_eval_batch_size": 16}
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 80, "per_device_eval_batch_size": 16}
+
+
+@dataclass(frozen=True)
+class Act:
+    """What one demo does in its own way."""
+
+    method: str
+    script: str  # that trains
+    data: str  # what it trains on: the name of the rows and of their folder
+    columns: tuple[str, ...]  # of a row
+    settings: dict  # options of the script
+    watched: str  # what can improve while the answers get worse
+    reading: str  # where to go on
+
+
+VRPO = Act(
+    method="VRPO",
+    script="vrpo_lora.py",
+    data="pairs",
+    columns=("prompt", "chosen", "rejected"),
+    settings=ALIGNMENT,
+    watched="Loss, margin and reward accuracy",
+    reading='`make demo-kto` does the same from thumbs up and down;\nREADME, "Train a model", has a run of LLaDA-8B',
+)
 INTRODUCTION = """\
-The task: a model learned word problems from a student who mixes up "borrows" and "lends"; VRPO is to cure it of that.
+The task: a model learned word problems from a student who mixes up "borrows" and "lends"; {method} is to cure it.
 The numbers: how many held-out problems have every step right; those without the two verbs are to stay as they are.
-The picture: its last panel counts. Loss, margin and reward accuracy can improve while the answers get worse."""
+The picture: its last panel counts. {watched} can improve while the answers get worse."""
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path, seed: int) -> dict:
-    """Pre-trained model, tokenizer, splits and pairs of a seed; from `folder` if they are there already."""
+    """Pre-trained model, tokenizer, splits and rows to train on of a seed; from `folder` if they are there already."""
     discard_if_made_by_other_code(folder, seed)
-    splits, tokenizer = task.make_splits(seed), task.make_tokenizer()
+    splits, tokenizer = task.make_splits(seed, pairs=PROBLEMS), task.make_tokenizer()
     if not (folder / "base" / "model.safetensors").exists():
-        model = task.pretrain(tokenizer, splits, seed)
+        model = task.pretrain(tokenizer, splits, seed, **MODEL)
         tokenizer.save_pretrained(folder / "base")
         model.save_pretrained(folder / "base")
     model = LLaDAModelLM.from_pretrained(folder / "base").eval()
-    for name, problems in {"train": splits["pairs"], "test": splits["test"][:200]}.items():
-        make = partial(task.sample_in_two_processes, task.sample_pairs, model, tokenizer, problems, seed)
-        keep_rows(folder / "pairs" / f"{name}.jsonl", make)
-    sizes = {name: count_lines(folder / "pairs" / f"{name}.jsonl") for name in ("train", "test")}
-    return {"model": model, "tokenizer": tokenizer, "splits": splits, "pairs": sizes}
+    for name, problems in {"train": splits["pairs"], "test": splits["test"][:HELD_OUT]}.items():
+        answers, pairs = (folder / data / f"{name}.jsonl" for data in ("thumbs", "pairs"))
+        keep_rows(
+            answers, partial(task.in_two_processes, task.sample_thumbs, model, tokenizer, problems, seed, **SAMPLING)
+        )
+        keep_rows(pairs, lambda answers=answers: task.pair_up(Dataset.from_list(read_rows(answers))))
+    return {"model": model, "tokenizer": tokenizer, "splits": splits}
 
 
 def discard_if_made_by_other_code(folder: Path, seed: int) -> None:
     """A base model of an earlier version of the task would be compared with this version's problems."""
-    key = blake2b(Path(task.__file__).read_bytes() + str(seed).encode(), digest_size=8).hexdigest()
+    made_with = repr((seed, MODEL, PROBLEMS, SAMPLING, HELD_OUT)).encode()
+    key = blake2b(Path(task.__file__).read_bytes() + made_with, digest_size=8).hexdigest()
     made_by = folder / "made_by"
     if not made_by.exists() or made_by.read_text() != key:
         for name in ("base", "pairs", "thumbs"):
@@ -110,18 +145,18 @@ def keep_rows(path: Path, make: Callable) -> None:
         part.rename(path)
 
 
-def align(folder: Path, output: Path, script="vrpo_lora.py", data="pairs", settings=ALIGNMENT, **changes) -> list[dict]:
+def align(folder: Path, output: Path, act: Act = VRPO, **changes) -> list[dict]:
     """
-    Run a training script on the base model and the data of `folder`; returns what the trainer logged. A run that was
+    Run the act's script on the base model and the rows of `folder`; returns what the trainer logged. A run that was
     interrupted goes on from its last checkpoint, and one that is finished is not run again.
     """
-    options = settings | HOUSEKEEPING | EVALUATION | changes
-    options |= {"output_dir": output, "model_name_or_path": folder / "base", "dataset_name": folder / data}
+    options = act.settings | HOUSEKEEPING | EVALUATION | changes
+    options |= {"output_dir": output, "model_name_or_path": folder / "base", "dataset_name": folder / act.data}
     begin_or_go_on(output, options, (folder / "made_by").read_text())
     if not (output / "trainer_state.json").exists():
         if any(output.glob("checkpoint-*")):
             options["resume_from_checkpoint"] = True
-        run_script(script, options, output / "training.log")
+        run_script(act.script, options, output / "training.log")
         shutil.rmtree(output / f"checkpoint-{options['max_steps']}", ignore_errors=True)
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
@@ -135,22 +170,30 @@ def begin_or_go_on(output: Path, options: dict, made_by: str) -> None:
     used.write_text(wanted)
 
 
+SHOWN = {"loss": "loss", "reward margin": "rewards/margins", "reward accuracy": "rewards/accuracies"}
+
+
 def run_script(script: str, options: dict, log: Path) -> None:
     """Run a training script in a process of its own, with one progress bar instead of its output."""
     command = [sys.executable, Path(__file__).with_name(script), *as_flags(options)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "a") as file, tqdm(total=options["max_steps"], desc="aligning") as bar:
-        run = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        for line in run.stdout:
-            file.write(line)
-            if line.startswith("{'loss'"):
-                logged = ast.literal_eval(line)
-                bar.update(options["logging_steps"])
-                shown = {"loss": "loss", "reward margin": "rewards/margins", "reward accuracy": "rewards/accuracies"}
-                bar.set_postfix({name: logged[key] for name, key in shown.items() if key in logged})
-    if run.wait():
+    with (
+        open(log, "a") as file,
+        tqdm(total=options["max_steps"], desc="aligning") as bar,
+        subprocess.Popen(list(map(str, command)), env=environment, **streams) as run,
+    ):
+        try:
+            for line in run.stdout:
+                file.write(line)
+                if line.startswith("{'loss'"):
+                    logged = ast.literal_eval(line)
+                    bar.update(options["logging_steps"])
+                    bar.set_postfix({name: logged[key] for name, key in SHOWN.items() if key in logged})
+        except KeyboardInterrupt:  # the script may not have been sent it
+            run.terminate()
+            raise
+    if run.returncode:
         raise RuntimeError(f"{script} failed:\n{log.read_text()[-3000:]}")
 
 
@@ -174,12 +217,16 @@ def test(model, tokenizer, problems) -> dict:
     }
 
 
+def shares(tested: dict) -> dict:
+    """What `test` found, in percent."""
+    return {key: 100 * task.share(tested[key]) for key in ("right", "plain", "tricky", "final number")}
+
+
 # --- running them ----------------------------------------------------------------------------------------------------
 
 
-def count_lines(path: Path) -> int:
-    with open(path) as lines:
-        return sum(1 for _ in lines)
+def read_rows(path: Path) -> list[dict]:
+    return list(map(json.loads, path.read_text().splitlines()))
 
 
 @contextmanager
@@ -203,42 +250,41 @@ def read_arguments(description: str) -> argparse.Namespace:
     return arguments
 
 
-def interruptible(run: Callable[[], None]) -> None:
-    """Run a demo; if it is interrupted, say what is kept."""
+def run(act: Act, description: str) -> None:
+    """A demo from beginning to end; if it is interrupted, say what is kept."""
     try:
-        run()
+        _run(act, read_arguments(description))
     except KeyboardInterrupt:
         print("\nStopped. Finished stages and the last checkpoint of the alignment are kept: the same command goes on.")
         sys.exit(130)
 
 
-def main() -> None:
-    arguments = read_arguments(__doc__)
+def _run(act: Act, arguments: argparse.Namespace) -> None:
     folder = arguments.output_dir / f"seed-{arguments.seed}"
-    print(INTRODUCTION)
-    with stage("1-2. Pre-train on a careless student's homework, then sample preference pairs from the model"):
+    output, picture = folder / act.method.lower(), arguments.output_dir / f"{act.method.lower()}.png"
+    print(INTRODUCTION.format(method=act.method, watched=act.watched))
+    with stage("1-2. Pre-train on a careless student's homework; let the model answer problems, and mark its answers"):
         made = prepare(folder, arguments.seed)
     tokenizer, problems = made["tokenizer"], made["splits"]["test"]
-    print(f"   {made['model'].num_parameters():,} parameters; {made['pairs']['train']} pairs to train on, for instance")
-    report.print_row(folder / "pairs" / "train.jsonl", ("prompt", "chosen", "rejected"))
+    rows = read_rows(folder / act.data / "train.jsonl")
+    print(f"   {made['model'].num_parameters():,} parameters; {len(rows)} {act.data} to train on, for instance")
+    report.print_row(rows[0], act.columns)
     with stage(f"3. Answer {len(problems)} held-out problems"):
         before = test(made["model"], tokenizer, problems)
-    with stage("4. Align with VRPO: examples/vrpo_lora.py"):
-        history = align(folder, folder / "vrpo", seed=arguments.seed)
+    with stage(f"4. Align with {act.method}: examples/{act.script}"):
+        history = align(folder, output, act, seed=arguments.seed)
     with stage("5. Answer the same problems"):
-        aligned = PeftModel.from_pretrained(made["model"], folder / "vrpo").eval()
+        aligned = PeftModel.from_pretrained(made["model"], output).eval()
         after = test(aligned, tokenizer, problems)
 
+    (output / "result.json").write_text(json.dumps({"before": shares(before), "after": shares(after)}))
     report.print_answers(before, after)
-    report.print_rewards(history, ALIGNMENT["beta"])
+    report.print_rewards(history, act.settings["beta"])
     report.print_examples(problems, before, after)
-    report.plot(history, before, after, arguments.output_dir / "demo.png")
+    report.plot(history, before, after, f"{act.method} on {act.data} of its own answers", picture)
     print("\n" + report.verdict(before, after))
-    print(
-        f"\nNext: look at {arguments.output_dir / 'demo.png'}; `make demo-kto` does the same from thumbs up and down;"
-        f'\nREADME, "Train a model", has the command for LLaDA-8B. The adapter is in {folder / "vrpo"}.'
-    )
+    print(f"\nNext: look at {picture}; {act.reading}. The adapter is in {output}.")
 
 
 if __name__ == "__main__":
-    interruptible(main)
+    run(VRPO, __doc__)

@@ -1,6 +1,5 @@
 """What the demos print and draw: answers before and after, rewards, examples, a picture, and what came out of it."""
 
-import json
 import math
 from pathlib import Path
 
@@ -45,10 +44,8 @@ def verdict(before: dict, after: dict) -> str:
     return "\n".join(lines)
 
 
-def print_row(path: Path, columns: tuple[str, ...]) -> None:
-    """The first row of a file."""
-    with open(path) as lines:
-        row = json.loads(next(lines))
+def print_row(row: dict, columns: tuple[str, ...]) -> None:
+    """What a method is given of one example."""
     for key in columns:
         print(f"     {key:<11} {str(row[key]).strip()}")
 
@@ -61,14 +58,15 @@ def print_answers(before: dict, after: dict) -> None:
 
 
 def print_rewards(history: list[dict], beta: float) -> None:
-    """Of held-out pairs after the last step: how often, and by how much, the chosen answer is preferred."""
+    """Of held-out answers after the last step: how their ELBOs have changed, and of pairs, how many are in order."""
     last = [entry for entry in history if "eval_loss" in entry][-1]
     rewards = {
-        "chosen answer preferred": f"{100 * last['eval_rewards/accuracies']:.1f}%",
-        "change of a chosen answer's ELBO": f"{last['eval_rewards/chosen'] / beta:+.2f} nats",
-        "change of a rejected answer's ELBO": f"{last['eval_rewards/rejected'] / beta:+.2f} nats",
+        "change of a right answer's ELBO": f"{last['eval_rewards/chosen'] / beta:+.2f} nats",
+        "change of a wrong answer's ELBO": f"{last['eval_rewards/rejected'] / beta:+.2f} nats",
     }
-    print("pairs of the base model's own answers to them (ELBO: a bound of the answer's log-probability)")
+    if "eval_rewards/accuracies" in last:
+        rewards["pairs in which it rose more"] = f"{100 * last['eval_rewards/accuracies']:.1f}%"
+    print("the base model's own answers to held-out problems (ELBO: a bound of their log-probability)")
     for label, value in rewards.items():
         print(f"  {label:<38}{'':>22}{value:>22}")
 
@@ -84,7 +82,7 @@ def print_examples(problems, before: dict, after: dict) -> None:
             print(f"    before  {before['answers'][i]}\n    after   {after['answers'][i]}")
 
 
-def plot(history: list[dict], before: dict, after: dict, path: Path) -> None:
+def plot(history: list[dict], before: dict, after: dict, how: str, path: Path) -> None:
     """What the trainer logged, as far as it did, and, in the last panel, the accuracy of the answers."""
     import matplotlib
 
@@ -107,7 +105,7 @@ def plot(history: list[dict], before: dict, after: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     _bars(axes[-1], before, after)
-    figure.suptitle("Word problems: a model that learned to mix up two verbs, aligned on pairs of its own answers")
+    figure.suptitle(f"Word problems: a model that learned to mix up two verbs, aligned by {how}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

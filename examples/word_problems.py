@@ -202,56 +202,55 @@ def share(outcomes) -> float:
     return sum(outcomes) / len(outcomes)
 
 
-# --- preference pairs ------------------------------------------------------------------------------------------------
+# --- marked answers and preference pairs -----------------------------------------------------------------------------
 
 
-def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4, quiet=False) -> Dataset:
-    """
-    Pairs in the model's own words: of several samples to a prompt, a right one is chosen and a wrong one rejected.
-    Prompts whose samples are all right or all wrong give no pair.
-    """
-    prompts = [problem.prompt for problem in problems for _ in range(samples)]
-    # Small blocks: the more of an answer is free to be filled first, the more "most confident first" favours the habit
-    texts = answer(
-        model,
-        tokenizer,
-        prompts,
-        label="sampling pairs",
-        leave=True,
-        quiet=quiet,
-        temperature=1.0,
-        block_length=4,
-        seed=seed,
-    )
-    rows = []
-    for i, problem in enumerate(problems):
-        own = texts[i * samples : (i + 1) * samples]
-        right = [text for text in own if is_right(problem, text)]
-        wrong = [text for text in own if not is_right(problem, text)]
-        if right and wrong:  # TRL joins the strings, so the space between the words goes to the completion
-            rows.append({"prompt": problem.prompt, "chosen": f" {right[0]}", "rejected": f" {wrong[0]}"})
-    return Dataset.from_list(rows)
-
-
-def sample_thumbs(model, tokenizer, problems: list[Problem], seed: int, samples=2, quiet=False) -> Dataset:
+def sample_thumbs(
+    model, tokenizer, problems: list[Problem], seed: int, samples=2, steps=MAX_NEW_TOKENS, quiet=False
+) -> Dataset:
     """The model's own answers, each with a thumb up or down: whether it is right."""
     asked = [problem for problem in problems for _ in range(samples)]
+    # Small blocks: the more of an answer is free to be filled first, the more "most confident first" favours the habit
     texts = answer(
         model, tokenizer, [problem.prompt for problem in asked], label="sampling answers", leave=True, quiet=quiet,
-        temperature=1.0, block_length=4, seed=seed,
+        temperature=1.0, block_length=4, steps=steps, seed=seed,
     )  # fmt: skip
     rows = zip(asked, texts, strict=True)
-    return Dataset.from_list(
+    return Dataset.from_list(  # TRL joins the strings, so the space between the words goes to the completion
         [{"prompt": p.prompt, "completion": f" {text}", "label": is_right(p, text)} for p, text in rows if text]
     )
 
 
-def sample_in_two_processes(sample, model, tokenizer, problems: list[Problem], seed: int) -> Dataset:
+def pair_up(thumbs: Dataset) -> Dataset:
+    """
+    Pairs in the model's own words: of its answers to a prompt, the first right one is chosen and the first wrong one
+    rejected. Prompts whose answers are all right or all wrong give no pair.
+    """
+    first: dict[str, dict[bool, str]] = {}
+    for row in thumbs:
+        first.setdefault(row["prompt"], {}).setdefault(row["label"], row["completion"])
+    return Dataset.from_list(
+        [
+            {"prompt": prompt, "chosen": texts[True], "rejected": texts[False]}
+            for prompt, texts in first.items()
+            if len(texts) == 2
+        ]
+    )
+
+
+def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4, **sampling) -> Dataset:
+    """Preference pairs of the model's own answers, see [`pair_up`]."""
+    return pair_up(sample_thumbs(model, tokenizer, problems, seed, samples, **sampling))
+
+
+def in_two_processes(sample, model, tokenizer, problems: list[Problem], *arguments, **keywords) -> Dataset:
     """What `sample` makes of the two halves of the problems, on two cores."""
     half = (len(problems) + 1) // 2
     with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
         parts = [
-            pool.submit(sample, model, tokenizer, problems[start : start + half], seed, quiet=start > 0)
+            pool.submit(
+                sample, model, tokenizer, problems[start : start + half], *arguments, quiet=start > 0, **keywords
+            )
             for start in range(0, len(problems), half)
         ]
         return concatenate_datasets([part.result() for part in parts])
@@ -260,13 +259,14 @@ def sample_in_two_processes(sample, model, tokenizer, problems: list[Problem], s
 # --- pre-training ----------------------------------------------------------------------------------------------------
 
 
-def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, most_rounds=3):
+def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, most_rounds=3, **size):
     """
     Train a model on the student's homework until it can calculate: `goal` is its accuracy on validation problems that
     have no tricky verb. A model that is not there after `steps` gets another round, half as long and half as bold.
+    `size` is what `make_model` takes.
     """
     torch.manual_seed(seed)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, **size)
     batches = _homework(tokenizer, splits["pretraining"], random.Random(seed), batch_size)
     plain = [problem for problem in splits["validation"] if not problem.is_tricky]
     boldness = 1.0

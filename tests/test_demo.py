@@ -1,0 +1,85 @@
+"""The demos end to end, with a model that has learnt nothing: what they keep, what they print, and where they go on."""
+
+import json
+
+import demo
+import demo_kto
+import demo_report
+import pytest
+import word_problems as task
+from datasets import Dataset
+
+TOY = {"d_model": 16, "n_layers": 1, "mlp_hidden_size": 16, "steps": 2, "goal": 0.0}
+
+
+def marked_answers(sample, model, tokenizer, problems, *_, **__):
+    """In the place of sampling: a right and a wrong answer to each problem, since the model has none that is right."""
+    return Dataset.from_list(
+        [
+            {"prompt": problem.prompt, "completion": f" {text}", "label": task.is_right(problem, text)}
+            for problem in problems
+            for text in (problem.answer(), "so 1")
+        ]
+    )
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MODEL", TOY)
+    monkeypatch.setattr(demo, "PROBLEMS", 8)
+    monkeypatch.setattr(demo, "HELD_OUT", 4)
+    monkeypatch.setattr(demo, "HOUSEKEEPING", demo.HOUSEKEEPING | {"max_steps": 1, "logging_steps": 1})
+    monkeypatch.setattr(demo, "EVALUATION", demo.EVALUATION | {"eval_steps": 1})
+    monkeypatch.setattr(demo.task, "in_two_processes", marked_answers)
+    make_splits = task.make_splits
+    monkeypatch.setattr(task, "make_splits", lambda *args, **sizes: make_splits(*args, **sizes, pretraining=500))
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output_dir", str(tmp_path)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("act", [demo.VRPO, demo_kto.ELBO_KTO], ids=lambda act: act.method)
+def test_a_demo_runs_through_and_a_rerun_trains_nothing_again(toy, capsys, monkeypatch, act):
+    demo.run(act, "")
+    printed = capsys.readouterr().out
+    output = toy / "seed-0" / act.method.lower()
+    result = json.loads((output / "result.json").read_text())
+    for when in ("before", "after"):
+        assert set(result[when]) == {"right", "plain", "tricky", "final number"}
+    assert (toy / f"{act.method.lower()}.png").exists()
+    assert f"{act.method} is to cure it" in printed and "None" not in printed
+    assert "Nothing was gained: +0.0 points" in printed  # after one step at a learning rate that warms up
+    rest = printed[printed.index("Next: ") :]
+    assert str(output) in rest and f"{act.method.lower()}.png" in rest
+
+    for module, name in ((task, "pretrain"), (demo, "run_script"), (task, "in_two_processes")):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: pytest.fail(f"{name} ran again"))
+    demo.run(act, "")
+    assert json.loads((output / "result.json").read_text()) == result
+
+
+def test_an_interrupted_demo_says_what_is_kept(toy, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_script", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        demo.run(demo.VRPO, "")
+    assert "the same command goes on" in capsys.readouterr().out
+    assert (toy / "seed-0" / "pairs" / "train.jsonl").exists()
+
+
+def test_pairs_are_a_right_and_a_wrong_answer_to_one_prompt():
+    marks = [("a", "1", False), ("a", "2", True), ("a", "3", True), ("b", "1", True), ("c", "1", False)]
+    rows = [{"prompt": prompt, "completion": text, "label": label} for prompt, text, label in marks]
+    assert list(task.pair_up(Dataset.from_list(rows))) == [{"prompt": "a", "chosen": "2", "rejected": "1"}]
+
+
+@pytest.mark.parametrize(
+    "before, after, says",
+    [(40, 95, "(nearly) gone: +55.0"), (40, 50, "weaker: +10.0"), (40, 40, "Nothing was gained"), (40, 5, "got worse")],
+)
+def test_the_verdict_says_what_came_out(before, after, says):
+    shares = [{"right": [i < n for i in range(100)], "plain": [True]} for n in (before, after)]
+    assert says in demo_report.verdict(*shares)
+    forgotten = [shares[0], shares[1] | {"plain": [False]}]
+    assert "forgot some sums: -100.0" in demo_report.verdict(*forgotten)
