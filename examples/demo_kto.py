@@ -14,7 +14,7 @@ ALIGNMENT = demo.ALIGNMENT | {
     "loss_type": "kto",
     "batch_composition": "balanced",
     "beta": 0.3,
-    "learning_rate": 1.5e-3,
+    "per_device_train_batch_size": 16,  # as many responses as in eight pairs
 }
 ALIGNMENT.pop("loss_weights")
 
