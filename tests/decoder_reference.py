@@ -1,10 +1,13 @@
 """
-Llama, Qwen2, Qwen3 and LLaDA-MoE without the causal mask, in plain torch: the oracle of tests/test_decoders.py.
+Llama, Qwen2, Qwen3, Ministral 3 and LLaDA-MoE without the causal mask, in plain torch: the oracle of
+tests/test_decoders.py.
 
 Written from the description, one equation a line, and from none of the code that it is compared with. What a family has
 (biases, norms of queries and keys, experts, a head of its own) is seen in its tensors, which are looked up by published
 names.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +16,15 @@ WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, LAYERS = 32, 64, 4, 2, 8, 3
 EXPERTS_PER_TOKEN = 2
 
 
-def published_tensors(biases=False, head_norms=False, tied=False, experts=0, seed=0):
+def published_tensors(biases=False, head_norms=False, tied=False, experts=0, renamed=(), seed=0):
     """Random tensors under the published names, large enough that every token matters to every other."""
+    tensors = _tensors(biases, head_norms, tied, experts, seed)
+    for ours, theirs in renamed:
+        tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _tensors(biases, head_norms, tied, experts, seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
     for layer in (f"model.layers.{i}" for i in range(LAYERS)):
@@ -37,9 +47,11 @@ def published_tensors(biases=False, head_norms=False, tied=False, experts=0, see
     return {name: tensor + ("norm" in name) for name, tensor in tensors.items()}
 
 
-def decoder_logits(tensors, input_ids, real=None, *, theta, eps):
+def decoder_logits(tensors, input_ids, real=None, *, theta, eps, yarn=None, renamed=()):
     """`(B, L, V)` logits; `real` is `(B, L)`, one at real tokens."""
     real = torch.ones_like(input_ids) if real is None else real
+    for ours, theirs in renamed:
+        tensors = {name.replace(theirs, ours): tensor for name, tensor in tensors.items()}
 
     def norm(x, name):
         return tensors[name] * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -59,7 +71,10 @@ def decoder_logits(tensors, input_ids, real=None, *, theta, eps):
         )
         if f"{layer}.self_attn.q_norm.weight" in tensors:
             query, key = norm(query, f"{layer}.self_attn.q_norm.weight"), norm(key, f"{layer}.self_attn.k_norm.weight")
-        query, key = turn(query, theta), turn(key, theta)
+        query, key = turn(query, theta, yarn), turn(key, theta, yarn)
+        if yarn:  # Ministral 3: sharper beyond the context that it was trained on
+            times = torch.arange(input_ids.shape[1]) // yarn["original_max_position_embeddings"]
+            query = query * (1 + yarn["llama_4_scaling_beta"] * (1 + times).log())[:, None]
         key, value = (each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (key, value))
         scores = (query @ key.mT / HEAD_DIM**0.5).masked_fill(real[:, None, None, :] == 0, -torch.inf)
         x = x + project((scores.softmax(-1) @ value).transpose(1, 2).flatten(2), f"{layer}.self_attn.o_proj")
@@ -75,13 +90,24 @@ def decoder_logits(tensors, input_ids, real=None, *, theta, eps):
     return norm(x, "model.norm.weight") @ head.T
 
 
-def frequencies(theta):
-    return torch.tensor([theta ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)])
+def frequencies(theta, yarn=None):
+    plain = torch.tensor([theta ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)])
+    if yarn is None:
+        return plain
+
+    def pair(turns):
+        """The pair of a head that turns so many times in the original context (YaRN, arXiv 2309.00071)."""
+        length = yarn["original_max_position_embeddings"] / (2 * math.pi * turns)
+        return HEAD_DIM * math.log(length) / (2 * math.log(theta))
+
+    low, high = max(math.floor(pair(yarn["beta_fast"])), 0), min(math.ceil(pair(yarn["beta_slow"])), HEAD_DIM - 1)
+    slowed = ((torch.arange(HEAD_DIM // 2) - low) / (high - low)).clamp(0, 1)
+    return plain * (1 - slowed) + plain / yarn["factor"] * slowed
 
 
-def turn(x, theta):
+def turn(x, theta, yarn=None):
     """Turn the pair (i, i + HEAD_DIM / 2) of each head `(B, heads, L, HEAD_DIM)` by position times frequency i."""
-    angles = torch.arange(x.shape[2])[:, None] * frequencies(theta)
+    angles = torch.arange(x.shape[2])[:, None] * frequencies(theta, yarn)
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

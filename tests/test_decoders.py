@@ -37,7 +37,7 @@ from trl_diffusion.estimators.elbo import token_logits
 from trl_diffusion.models.decoders.auto import CLASSES
 from trl_diffusion.models.decoders.modeling import DreamModel, DreamTokenizer
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
-from trl_diffusion.models.families import class_to_load, family_of, spare_in_quantization
+from trl_diffusion.models.families import class_to_load, family_of
 from trl_diffusion.models.sampler import generate
 
 SIZES = {
@@ -55,6 +55,14 @@ SIZES = {
     "pad_token_id": 0,
 }
 EXPERTS = 4
+# So that what is otherwise met beyond thousands of tokens is met in eight
+YARN = {
+    "factor": 16.0,
+    "beta_fast": 0.5,
+    "beta_slow": 0.01,
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.1,
+}
 QWEN = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28, "rope_scaling": None}
 
 
@@ -68,6 +76,7 @@ class Folder:
         tensors: what they are like, see [`published_tensors`].
         theta, eps: of the rotary embedding and the norms.
         shift: where the logits of a token stand before it.
+        yarn: what stretches the rotary embedding.
     """
 
     fields: dict
@@ -75,9 +84,10 @@ class Folder:
     theta: float = 10000.0
     eps: float = 1e-6
     shift: int = 0
+    yarn: dict | None = None
 
     def write(self, path, **changes):
-        config = {**SIZES, "rope_theta": self.theta, "rms_norm_eps": self.eps, **self.fields, **changes}
+        config = {**SIZES, **self.numbers, **self.fields, **changes}
         path.mkdir(parents=True, exist_ok=True)
         (path / "config.json").write_text(json.dumps(config))
         save_file(self.published, path / "model.safetensors", metadata={"format": "pt"})
@@ -85,11 +95,15 @@ class Folder:
 
     def model(self):
         """In memory, with 2 for its mask token."""
-        fields = {**SIZES, "rope_theta": self.theta, "rms_norm_eps": self.eps, **self.fields, "mask_token_id": 2}
+        fields = {**SIZES, **self.numbers, **self.fields, "mask_token_id": 2}
         config = CONFIG_MAPPING[fields.pop("model_type")].from_dict(fields)
         model = CLASSES[type(config)](config)
         model.load_state_dict(self.published, strict=not config.tie_word_embeddings)
         return model.eval()
+
+    @property
+    def numbers(self):
+        return {"rms_norm_eps": self.eps} | ({} if self.yarn else {"rope_theta": self.theta})
 
     @property
     def published(self):
@@ -106,7 +120,8 @@ class Folder:
         return LAYERS * 4 if "experts" in self.tensors else self.linears
 
     def logits(self, tensors, input_ids, real=None):
-        return decoder_logits(tensors, input_ids, real, theta=self.theta, eps=self.eps)
+        numbers = {"theta": self.theta, "eps": self.eps, "yarn": self.yarn}
+        return decoder_logits(tensors, input_ids, real, **numbers, renamed=self.tensors.get("renamed", ()))
 
 
 FOLDERS = {
@@ -169,6 +184,30 @@ FOLDERS = {
         {"head_norms": True, "experts": EXPERTS},
         theta=50000.0,
         eps=1e-5,
+    ),
+    "Nemotron": Folder(
+        {
+            "model_type": "nemotron_labs_diffusion",
+            "architectures": ["NemotronLabsDiffusionModel"],
+            "auto_map": {"AutoConfig": "configuration_nemotron.C", "AutoModel": "modeling_nemotron.M"},
+            "ar_loss_weight": 1.0,
+            "attention_bias": False,
+            "attn_implementation": "sdpa",
+            "block_size": 32,
+            "dlm_loss_weight": None,
+            "dlm_paradigm": "bidirectional",
+            "dp_varying_mask_ratio": False,
+            "head_dim": 8,
+            "mask_token_id": 2,
+            "mlp_bias": False,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "mscale": 1.0, "mscale_all_dim": 1.0, **YARN},
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+        {"renamed": (("model.", "encoder."), ("lm_head", "diffusion_head"))},
+        theta=100.0,
+        eps=1e-5,
+        yarn=YARN,
     ),
 }
 IDS = torch.tensor([[5, 2, 9, 11, 2, 2, 7, 3], [1, 0, 2, 4, 8, 2, 13, 29]])
@@ -233,7 +272,8 @@ def test_tensors_keep_their_published_names_through_shards(folder, path, tmp_pat
 def test_rotary_frequencies_after_a_load_are_those_of_theta(folder, path, dtype):
     """transformers builds a model without memory first, and fills what no checkpoint holds."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    torch.testing.assert_close(model.model.rotary_emb.inv_freq, frequencies(folder.theta), rtol=1e-6, atol=0)
+    found = model.base_model.rotary_emb.inv_freq
+    torch.testing.assert_close(found, frequencies(folder.theta, folder.yarn), rtol=1e-6, atol=0)
 
 
 def test_an_adapter_is_exchanged_by_published_names_and_merges(folder, path, tmp_path):
@@ -275,7 +315,7 @@ def test_labels_are_of_the_tokens_that_the_logits_predict(folder, path):
 
 def test_layers_to_wrap_are_classes_of_the_model(path):
     model = AutoModelForCausalLM.from_pretrained(path)
-    layers = {type(layer).__name__ for layer in model.model.layers}
+    layers = {type(layer).__name__ for layer in model.base_model.layers}
     assert layers == set(model._no_split_modules) and model.supports_gradient_checkpointing
 
 
@@ -293,13 +333,11 @@ def test_layer_checkpointing_changes_no_gradient(path):
 @pytest.mark.slow
 def test_in_4_bits_head_and_embeddings_are_spared_and_it_reloads(folder, path, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    config = spare_in_quantization(NF4, AutoConfig.from_pretrained(path))  # as the trainers do
-    quantised = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, dtype=torch.float32)
     linears = [name for name, m in quantised.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(linears) == folder.linears and not any("lm_head" in name for name in linears)
-    spared = [quantised.get_input_embeddings(), quantised.get_output_embeddings()]
-    spared += [module for name, module in quantised.named_modules() if name.endswith("mlp.gate")]
-    assert all(layer.weight.dtype == torch.float32 for layer in spared)
+    for layer in (quantised.get_input_embeddings(), quantised.get_output_embeddings()):
+        assert layer.weight.dtype == torch.float32
     quantised.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.train()(input_ids=IDS).logits, quantised.train()(input_ids=IDS).logits)
@@ -531,6 +569,11 @@ def test_the_unknown_token_is_no_mask_token():
         ("A2D-Qwen3", {"final_logit_softcapping": 30.0}, "`final_logit_softcapping=30.0` is not implemented"),
         ("A2D-Qwen2", {"is_causal": True}, "`is_causal=True` contradicts"),
         ("LLaDA-MoE", {"is_causal": True}, "`is_causal=True` contradicts model_type='llada'"),
+        ("Nemotron", {"is_causal": True}, "`is_causal=True` contradicts"),
+        ("Nemotron", {"dlm_paradigm": "autoregressive"}, "`dlm_paradigm='autoregressive'` .* causal model.* no ELBO"),
+        ("Nemotron", {"attention_bias": True}, "`attention_bias=True` is not implemented"),
+        ("Nemotron", {"mlp_bias": True}, "`mlp_bias=True` is not implemented"),
+        ("Nemotron", {"sliding_window": 8}, "`sliding_window=8` is not implemented"),
         ("LLaDA-MoE", {"d_model": 32}, "configuration of LLaDA-MoE .*num_experts=4.* not `d_model`"),
         ("LLaDA-MoE", {"architectures": ["LLaDAVModelLM"], "num_experts": None}, "is neither LLaDA .* nor LLaDA-MoE"),
         (
@@ -565,6 +608,12 @@ def test_dream_reasoner_is_not_dream(tmp_path):
     path = FOLDERS["Dream"].write(tmp_path, block_size=32)
     assert family_of(AutoConfig.from_pretrained(path)).name == "DreamReasoner"
     with pytest.raises(ValueError, match="DreamReasoner.*block diffusion.*blocks of 32 tokens"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_nemotron_in_blocks_is_another_model(tmp_path):
+    path = FOLDERS["Nemotron"].write(tmp_path, dlm_paradigm="block_diff")
+    with pytest.raises(ValueError, match="Nemotron.*dlm_paradigm='block_diff'.*blocks of 32 tokens"):
         AutoModelForCausalLM.from_pretrained(path)
 
 

@@ -23,6 +23,7 @@ CELLS = {
     "iLLaDA": None,
     "Dream": LoraConfig(r=4),
     "A2D-Qwen3": LoraConfig(r=4),
+    "Nemotron": LoraConfig(r=4),
     "LLaDA-MoE": LoraConfig(r=4, target_modules=EVERYWHERE),
 }
 # Which layers are wrapped is then what the model says

@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from test_decoders import EXPERTS, FOLDERS, IDS, LN2, NF4, REAL, logits, trained
 from test_head import gradients, make_batch, scored
 from test_memory import LENGTH, RESPONSE, RESPONSES, peak_of_step
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from trl_diffusion import LLaDAModelLM, estimate_memory
 from trl_diffusion.models.decoders.configuration import LLaDAMoEConfig
 from trl_diffusion.models.decoders.experts import LLaDAMoEModelLM, SparseMLP
-from trl_diffusion.models.families import spare_in_quantization
 from trl_diffusion.planning.live_bytes import nbytes
 from trl_diffusion.planning.skeleton import tensors_of
 
@@ -103,6 +102,12 @@ def test_draws_that_run_together_are_those_that_run_alone(draws_per_forward):
     torch.testing.assert_close(apart.elbo.samples, together.elbo.samples, rtol=1e-5, atol=1e-5)
 
 
+def test_a_new_model_gives_tokens_to_different_experts():
+    """The weights of a router are drawn too."""
+    model = LLaDAMoEModelLM(FOLDER.model().config)
+    assert all(layer.mlp.gate.weight.std() > 0.01 for layer in model.model.layers)
+
+
 def test_dense_llada_does_not_take_its_weights(path):
     with pytest.raises(ValueError, match="LLaDA-MoE.*AutoModelForCausalLM"):
         LLaDAModelLM.from_pretrained(path)
@@ -148,8 +153,7 @@ def test_peft_alone_adapts_attention():
 def test_only_experts_that_are_layers_are_quantised(path):
     """Bytes of the experts of both layouts, after `load_in_4bit`."""
     pytest.importorskip("bitsandbytes")
-    config = spare_in_quantization(NF4, AutoConfig.from_pretrained(path))
-    ours = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4, dtype=torch.bfloat16)
     theirs = as_qwen3_moe(path, quantization_config=copy.deepcopy(NF4), dtype=torch.bfloat16)
     numbers = EXPERTS * 3 * 32 * 64
     in_4_bits = numbers // 2 + numbers // 64 * 4  # and a scale of four bytes for 64 of them
@@ -157,6 +161,13 @@ def test_only_experts_that_are_layers_are_quantised(path):
     for layer in range(LAYERS):
         assert nbytes(tensors_of(ours.model.layers[layer].mlp.experts)) == in_4_bits + codes
         assert nbytes(tensors_of(theirs.model.layers[layer].mlp.experts)) == numbers * 2
+        assert ours.model.layers[layer].mlp.gate.weight.dtype == torch.bfloat16  # the router
+
+
+def test_the_router_is_no_linear_layer_to_adapt():
+    adapted = get_peft_model(FOLDER.model(), LoraConfig(r=2, target_modules="all-linear"))
+    names = {name.split(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert len(names) == FOLDER.linears and not any(name.endswith("mlp.gate") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,8 @@ ROWS = {
     "LLaDA": Row(make_model),
     "no literal": Row(make_llama),
     "shifted": Row(make_llama, Family(name="shifted", model_types=("llama",), logit_shift=1), shift=1),
-    **{name: Row(folder.model, shift=folder.shift) for name, folder in FOLDERS.items()},
+    # With Ministral's sharpening of attention, positions count from the left
+    **{name: Row(folder.model, shift=folder.shift, pads_left=not folder.yarn) for name, folder in FOLDERS.items()},
     "soft cap": Row(
         make_capped, Family(name="cap", model_types=("gemma2",), head=Head(soft_cap="final_logit_softcapping"))
     ),

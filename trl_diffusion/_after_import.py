@@ -73,6 +73,7 @@ _CONFIGURATIONS = {
     "a2d-qwen2": "A2DQwen2Config",
     "a2d-qwen3": "A2DQwen3Config",
     "a2d-llama": "A2DLlamaConfig",
+    "nemotron_labs_diffusion": "NemotronLabsDiffusionConfig",
 }
 
 

@@ -18,6 +18,7 @@ from .decoders.configuration import (
     ILLaDAConfig,
     LLaDAMoEConfig,
 )
+from .decoders.nemotron import NemotronLabsDiffusionConfig
 from .families import FAMILIES
 from .llada.configuration_llada import LLaDAConfig
 from .llada.modeling_llada import LLaDAModel, LLaDAModelLM
@@ -51,4 +52,5 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAModel",
     "LLaDAModelLM",
+    "NemotronLabsDiffusionConfig",
 ]

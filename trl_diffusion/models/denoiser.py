@@ -116,7 +116,8 @@ def check_denoiser(model: PreTrainedModel, mask_token_id: int) -> None:
     if torch.equal(logits[:, 0], after_change[:, 0]):
         raise ValueError(
             f"`{name}` attends causally: its prediction for the first token does not change with the last. Masked "
-            "diffusion models see both sides; for a Llama-like architecture set `model.config.is_causal = False`."
+            "diffusion models see both sides; for a Llama-like architecture set `model.config.is_causal = False`. An "
+            "autoregressive model has a likelihood and no ELBO: `trl.DPOTrainer` and `trl.KTOTrainer` are for it."
         )
 
 

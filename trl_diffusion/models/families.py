@@ -21,8 +21,9 @@ FAMILIES: list[Family] = [
     Family(name="LLaDA2", model_types=("llada2_moe", "llada21_moe"), attention=Blocks(32)),
     Family(name="Fast-dLLM v2", model_types=("Fast_dLLM_Qwen",), logit_shift=1, attention=Blocks(32, "bd_size")),
     Family(
-        name="Nemotron-Labs-Diffusion",
+        name="Nemotron-Labs-Diffusion with dlm_paradigm='block_diff'",
         model_types=("nemotron_labs_diffusion",),
+        only_if=lambda config: getattr(config, "dlm_paradigm", "") == "block_diff",
         attention=Blocks(32, "block_size", origin="response"),
     ),
     Family(
@@ -37,10 +38,23 @@ FAMILIES: list[Family] = [
         only_if=lambda config: "StableDiffcoderForCausalLM" in (config.architectures or ()),
         attention=Blocks(4),
     ),
+    Family(name="BD3-LM", model_types=("bd3lm",), attention=Blocks(16, "block_size")),
     Family(name="DiffusionGemma", model_types=("diffusion_gemma", "diffusion_gemma_text"), noise="uniform"),
+    Family(name="UDLM", model_types=("udlm",), noise="uniform"),
+    Family(name="Duo", model_types=("DUO",), noise="uniform"),
+    Family(
+        name="Edit Flows",
+        model_types=("editflow", *(f"editflow-{base}" for base in ("dream", "llada", "modernbert", "qwen3"))),
+        noise="edits",
+    ),
     *DECODERS,  # after DreamReasoner, which is a Dream by its `model_type`
 ]
 _DEFAULT = Family()
+_OTHER_NOISE = {
+    "uniform": "whose noise replaces tokens by other tokens: any of them may be wrong, and its ELBO asks about all",
+    "edits": "whose noise inserts, deletes and replaces tokens: its bound is on rates of edits and not on tokens at "
+    "their places",
+}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -72,9 +86,8 @@ def refuse_unscored(config: PreTrainedConfig) -> None:
         )
     if family.noise != "absorbing":
         raise ValueError(
-            f"This is {family.name} (model_type={config.model_type!r}), whose noise replaces tokens by other tokens. "
-            "The ELBO here is that of models in which a hidden token is a mask token. Use one of these, LLaDA for "
-            "instance."
+            f"This is {family.name} (model_type={config.model_type!r}), {_OTHER_NOISE[family.noise]}. The ELBO here is "
+            "that of models in which a hidden token is a mask token and all others are right, such as LLaDA."
         )
 
 

@@ -75,8 +75,8 @@ class Family:
         first_token: with a shift, what predicts the first token: the `"first"` logits, which predict the second one
             too, or `"nothing"`.
         attention: who attends to whom: `"full"`, or [`Blocks`]. Only full attention can be scored.
-        noise: what takes the place of a hidden token: the mask token (`"absorbing"`), or any (`"uniform"`). Only
-            absorbing noise can be scored.
+        noise: what takes the place of a hidden token: the mask token (`"absorbing"`), or any (`"uniform"`); or texts of
+            other lengths do (`"edits"`). Only absorbing noise can be scored.
         head: how hidden states become logits.
         end_of_turn: tokens that end an assistant turn in the chat template.
         append_eos: whether the end of text follows the end of an assistant turn.
@@ -95,7 +95,7 @@ class Family:
     logit_shift: int = 0
     first_token: Literal["first", "nothing"] = "first"
     attention: Literal["full"] | Blocks = "full"
-    noise: Literal["absorbing", "uniform"] = "absorbing"
+    noise: Literal["absorbing", "uniform", "edits"] = "absorbing"
     head: Head = Head()
     end_of_turn: tuple[str, ...] = ()
     append_eos: bool = True

@@ -7,6 +7,7 @@ is trained on.
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -55,7 +56,7 @@ def find_model(path: str, options: dict[str, Any]) -> Source:
 
     Raises:
         OSError: there is no model there, or it cannot be had without a network.
-        ValueError: an adapter that does not say what its base model is.
+        ValueError: an adapter that does not say what its base model is, or a family with another ELBO.
     """
     finding = {name: options[name] for name in _FINDING if options.get(name) is not None}
     trust = {"trust_remote_code": options.get("trust_remote_code", False)}
@@ -67,11 +68,21 @@ def find_model(path: str, options: dict[str, Any]) -> Source:
         base_finding |= {"revision": adapter.revision} if adapter.revision else {}
         if not base:
             raise ValueError(f"`model={path!r}` is an adapter that does not say what its base model is. {_own(path)}")
+    refuse_unscored(_as_written(base, base_finding))  # before remote code is asked for, or run
     try:
         config = AutoConfig.from_pretrained(base, **base_finding, **trust)
     except (OSError, ValueError) as error:
         raise OSError(_why_not(path, base, error)) from error
     return Source(path, finding, base, base_finding, config)
+
+
+def _as_written(base: str, finding: dict[str, Any]) -> Any:
+    """The entries of a config.json as attributes; those of none where there is none, which is said when it is read."""
+    try:
+        entries, _ = PreTrainedConfig.get_config_dict(base, **finding)
+    except (OSError, ValueError):
+        entries = {}
+    return SimpleNamespace(**{"model_type": "", "architectures": None, **entries})
 
 
 def loading_options(args: Any) -> dict[str, Any]:

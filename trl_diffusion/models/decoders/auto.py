@@ -12,6 +12,7 @@ from .modeling import (
     DreamTokenizer,
     ILLaDAForCausalLM,
 )
+from .nemotron import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 
 CLASSES = {
     ILLaDAConfig: ILLaDAForCausalLM,
@@ -20,6 +21,7 @@ CLASSES = {
     A2DQwen3Config: A2DQwen3LMHeadModel,
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     LLaDAMoEConfig: LLaDAMoEModelLM,
+    NemotronLabsDiffusionConfig: NemotronLabsDiffusionModel,
 }
 
 

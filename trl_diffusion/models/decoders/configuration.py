@@ -162,6 +162,7 @@ class LLaDAMoEConfig(BidirectionalConfig, Qwen3Config):
     rms_norm_eps: float = 1e-5
     num_experts: int = 64
     num_experts_per_tok: int = 8
+    norm_topk_prob: bool | None = None  # read by the router of transformers
     is_causal: bool = False
     mask_token_id: int | None = 156895
     pad_token_id: int | None = 156892

@@ -3,7 +3,8 @@ LLaDA-MoE: the layers of Qwen3, with experts in the place of the feed-forward la
 
 transformers keeps the experts of a layer in two tensors. Here each is a module of its own, as in the published code:
 its `nn.Linear` layers can be quantised by bitsandbytes and adapted by PEFT under their published names, and tensors are
-read and written as they are.
+read and written as they are. The router is transformers', and none, so that neither finds it: a token that is given to
+other experts has another score.
 """
 
 from itertools import pairwise
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from .configuration import LLaDAMoEConfig
 from .modeling import InPlaceMixin
@@ -29,16 +31,15 @@ class SparseMLP(nn.Module):
 
     def __init__(self, config: Any):
         super().__init__()
-        self.per_token = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Qwen3MoeTopKRouter(config)
+        nn.init.normal_(self.gate.weight, std=config.initializer_range)  # other layers are drawn by transformers
         self.experts = nn.ModuleList(Qwen3MLP(config) for _ in range(config.num_experts))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
-        probabilities = self.gate(tokens).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self.per_token, dim=-1)
+        _, weights, chosen = self.gate(tokens)
         order = chosen.flatten().argsort(stable=True)
-        answers = self._answers(tokens[order // self.per_token], chosen.flatten()[order])
+        answers = self._answers(tokens[order // chosen.shape[1]], chosen.flatten()[order])
         answers = answers[order.argsort()].unflatten(0, chosen.shape)
         return torch.einsum("tk,tkh->th", weights.to(answers.dtype), answers).view(hidden_states.shape)
 

@@ -37,7 +37,15 @@ DECODERS = [
         end_of_turn=("<|role_end|>",),
         # Experts are adapted where that is asked for: .*\.(self_attn|experts\.\d+)\.\w+_proj
         lora_target_modules=r".*\.self_attn\.(q|k|v|o)_proj",
-        unquantized=("lm_head", "mlp.gate"),  # the router too: a token that is given to others is another function
+        unquantized=("lm_head",),
+    ),
+    Family(
+        name="Nemotron-Labs-Diffusion",
+        model_types=("nemotron_labs_diffusion",),
+        only_if=lambda config: getattr(config, "dlm_paradigm", "bidirectional") == "bidirectional",
+        auto_class="AutoModelForCausalLM",
+        end_of_turn=("<|im_end|>",),
+        unquantized=("diffusion_head",),
     ),
     # Converted by a user: what is to be known of it is its soft cap
     Family(

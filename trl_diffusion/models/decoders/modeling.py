@@ -6,6 +6,7 @@ Logits stand where the published classes put them; what they predict there is in
 
 from typing import Any
 
+import torch
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer, Qwen3ForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
@@ -22,8 +23,9 @@ class BidirectionalMixin(WholeCheckpointMixin, DiffusionGenerationMixin):
         refuse_unscored(config)
         super().__init__(config)
         # Where padding is the end of text, its embedding has to keep learning
-        backbone: Any = self.model
-        backbone.embed_tokens.padding_idx = None
+        for module in self.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.padding_idx = None
 
 
 class InPlaceMixin(BidirectionalMixin):
