@@ -21,6 +21,7 @@ ROOMS = {
     "planning": set(),
     "trainers": set(),
     "diagnosis": set(),
+    "evaluation": set(),
     "cli": set(),
 }
 ORDER = list(ROOMS)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .estimators.control_variate import ControlVariate
     from .estimators.draws import MaskDraws, MaskSampler, draw_masks
     from .estimators.elbo import ELBO, elbo
+    from .evaluation.pairs import sample_pairs
     from .models import LLaDAConfig, LLaDAModelLM
     from .planning.memory import MemoryEstimate, estimate_memory
     from .trainers.elbo_kto.config import ELBOKTOConfig
@@ -45,6 +46,7 @@ _HOMES = {
     "draw_masks": "estimators.draws",
     "elbo": "estimators.elbo",
     "estimate_memory": "planning.memory",
+    "sample_pairs": "evaluation.pairs",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "draw_masks",
     "elbo",
     "estimate_memory",
+    "sample_pairs",
 ]
 
 

@@ -1,0 +1,86 @@
+"""Answers to prompts by the diffusion sampler: in batches, cut where they end, as texts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..models.families import family_of
+from ..models.sampler import generate
+from .prompts import Prompts
+
+
+class Answerer:
+    """
+    Answers the prompts of a list by their number. What is answered depends on the prompt, the seed and how often the
+    prompt came before, and on nothing else: not on the batch, the process, or what was interrupted.
+
+    Args:
+        model: a masked diffusion model, with an adapter or without.
+        tokenizer: its own.
+        prompts: all of them.
+        num_samples: answers to each.
+        seed: of the sampler's noise.
+        arguments: of `generate`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Prompts,
+        num_samples: int,
+        seed: int,
+        arguments: dict[str, Any],
+    ):
+        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.tokenizer, self.prompts, self.num_samples = tokenizer, prompts, num_samples
+        self._seed, self._arguments = seed, arguments
+        vocabulary = tokenizer.get_vocab()
+        ends = [vocabulary[token] for token in family_of(self.model.config).end_of_turn if token in vocabulary]
+        self._ends = {*ends, tokenizer.eos_token_id}
+        self._occurrences = prompts.occurrences
+
+    def batches(self, numbers: list[int], size: int) -> Iterator[list[int]]:
+        """Prompts to answer together: never two that are equal, whose noise is told apart by the seed."""
+        by_occurrence: dict[int, list[int]] = {}
+        for number in numbers:
+            by_occurrence.setdefault(self._occurrences[number], []).append(number)
+        for alike in by_occurrence.values():
+            yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+    def __call__(self, numbers: list[int]) -> list[list[list[int]]]:
+        """Tokens of `num_samples` answers to each of these prompts, without what ends them."""
+        ids = [self.prompts.ids[number] for number in numbers]
+        longest = max(map(len, ids))
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        padded = torch.tensor([[pad] * (longest - len(each)) + each for each in ids])
+        real = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in ids])
+        device = next(self.model.parameters()).device
+        sequences = generate(
+            self.model,
+            padded.to(device),
+            attention_mask=real.to(device),
+            num_return_sequences=self.num_samples,
+            seed=self._seed + self._occurrences[numbers[0]],
+            **self._arguments,
+        )
+        answers = [self._cut(row) for row in sequences[:, longest:].tolist()]
+        return [answers[i * self.num_samples : (i + 1) * self.num_samples] for i in range(len(numbers))]
+
+    def text(self, number: int, answer: list[int]) -> str:
+        """
+        An answer as a text. After a prompt of text it begins with the space that parts it from the prompt, where the
+        tokenizer puts one, so that the two can be joined.
+        """
+        if self.prompts.conversational:
+            return self.tokenizer.decode(answer, skip_special_tokens=True)
+        before = self.tokenizer.decode(self.prompts.ids[number], skip_special_tokens=True)
+        whole = self.tokenizer.decode(self.prompts.ids[number] + answer, skip_special_tokens=True)
+        begins = whole.startswith(before) and not self.prompts.rows[number]["prompt"].endswith(tuple(" \n\t"))
+        return whole[len(before) :] if begins else self.tokenizer.decode(answer, skip_special_tokens=True)
+
+    def _cut(self, answer: list[int]) -> list[int]:
+        return answer[: next((i for i, token in enumerate(answer) if token in self._ends), len(answer))]

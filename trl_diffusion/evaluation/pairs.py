@@ -1,0 +1,248 @@
+"""
+Training data from the model itself: several answers to each prompt, scored, and written as pairs or as marked rows.
+
+What costs, the answers and their rewards, is kept as it is made; which of them become rows is decided at the end.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..checks.inputs import check_writable
+from ..models.denoiser import resolve_mask_token_id
+from ..models.positions import position_limit
+from ..models.sampler_arguments import read_arguments
+from ..scoring.door import hash_module
+from ..scoring.key import scoring_key
+from .answers import Answerer
+from .ledger import Ledger, processes_of
+from .prompts import Prompts, read_prompts, refuse_long
+from .rewards import Rewards
+
+logger = get_logger(__name__)
+
+STRATEGIES = ("best_worst", "all", "threshold")
+Rows = dict[int, dict[str, Any]]
+
+
+def sample_pairs(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Any,
+    reward_funcs: Any,
+    num_samples: int = 4,
+    *,
+    output_dir: str,
+    strategy: str = "best_worst",
+    threshold: float | None = None,
+    margin: float = 0.0,
+    reward_weights: Sequence[float] | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    **generation: Any,
+) -> Dataset:
+    """
+    Sample answers to prompts, score them with reward functions, and make rows of them to train on.
+
+    Everything is kept in `output_dir`: answers and rewards below `samples/`, as they are made; the rows in
+    `train.jsonl`, so that the folder is a dataset; and `provenance.json`, which says what made them. The same call goes
+    on where an interrupted one stopped. In a distributed run each process answers a share of the prompts.
+
+    Args:
+        model: a masked diffusion model, with an adapter or without.
+        tokenizer: its own.
+        prompts: a dataset with a column `prompt`, texts or messages, or a list of these. Other columns are passed on to
+            the reward functions.
+        reward_funcs: one function in the signature of TRL's GRPO, or several: `trl.rewards` has some.
+        num_samples: answers to each prompt.
+        output_dir: folder of the result.
+        strategy: `"best_worst"`: of each prompt the answer with the highest reward is chosen, the one with the lowest
+            rejected. `"all"`: each two answers to a prompt. `"threshold"`: single rows with a `label`, True for a
+            reward of at least `threshold`, for ELBO-KTO.
+        threshold: of the rewards.
+        margin: by how much the rewards of a pair must differ at least; they differ in any case.
+        reward_weights: of the functions, whose rewards are added; by default 1.
+        batch_size: prompts that are answered together.
+        seed: of the sampler. What is answered to a prompt does not depend on the batch or on the number of processes.
+        **generation: arguments of `generate`: `max_new_tokens`, `temperature` (1 here), `steps`, `block_length`, ...
+
+    Returns:
+        The rows: `prompt`, `chosen`, `rejected`, `score_chosen` and `score_rejected`; or `prompt`, `completion`,
+        `label` and `score`; and where they come from: `prompt_number` and the numbers of the samples.
+
+    Raises:
+        ValueError: values that do not fit, prompts that do not fit before the canvas, rewards that are not numbers, a
+            folder with answers of another run, or no row could be made.
+        RuntimeError: a reward function raises.
+    """
+    _check(num_samples, strategy, threshold, margin, batch_size)
+    rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer)
+    arguments = {"temperature": 1.0, **generation}
+    check_writable(output_dir)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    sampler, _ = read_arguments(base.config, (getattr(base, "generation_config", None),), dict(arguments), 0)
+    refuse_long(asked, sampler.max_new_tokens, position_limit(base))
+    answerer = Answerer(model, tokenizer, asked, num_samples, seed, arguments)
+    key = {
+        "model": hash_module(model),
+        "function": scoring_key(model, resolve_mask_token_id(base.config, tokenizer), "no"),
+        "prompts": asked.key(),
+        "num_samples": num_samples,
+        "seed": seed,
+        **arguments,
+    }
+    samples, scores = _sampled_and_scored(answerer, rewards, key, Path(output_dir) / "samples", batch_size)
+    choose = partial(chosen_answers, strategy=strategy, margin=margin)
+    rows = list(_rows(asked, samples.rows, scores.rows, rewards, choose))
+    if threshold is not None:
+        rows = [_labelled(row, threshold) for row in rows]
+    _refuse_none(rows, strategy, margin, len(asked.rows))
+    dataset = Dataset.from_list(rows)
+    state = processes_of(model)
+    if state.is_main_process:
+        how = {"strategy": strategy, "threshold": threshold, "margin": margin, "rows": len(rows)}
+        _write(Path(output_dir), dataset, base, {**key, **how}, rewards)
+    state.wait_for_everyone()
+    return dataset
+
+
+def _check(num_samples: int, strategy: str, threshold: float | None, margin: float, batch_size: int) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"`strategy` must be one of {STRATEGIES}, got {strategy!r}.")
+    if (threshold is None) == (strategy == "threshold"):
+        raise ValueError(
+            f"`threshold` is for `strategy='threshold'`, and needed there, got `threshold={threshold}` and "
+            f"`strategy={strategy!r}`."
+        )
+    fewest = 1 if strategy == "threshold" else 2
+    if num_samples < fewest:
+        raise ValueError(f"`num_samples` must be at least {fewest} for `strategy={strategy!r}`, got {num_samples}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not margin >= 0:
+        raise ValueError(f"`margin` must not be negative, got {margin}.")
+
+
+def _sampled_and_scored(
+    answerer: Answerer, rewards: Rewards, key: dict[str, Any], folder: Path, batch_size: int
+) -> tuple[Ledger, Ledger]:
+    """Answers to all prompts and their rewards, by the number of the prompt; what is kept is not made again."""
+    state, total = processes_of(answerer.model), len(answerer.prompts.rows)
+    samples = Ledger(folder, "answers", key, state.process_index)
+    functions = rewards.key()  # those of others are kept beside
+    scores = Ledger(folder, f"rewards-{functions}", {**key, "functions": functions}, state.process_index)
+    state.wait_for_everyone()  # or one would take up what another has just begun
+    mine = range(state.process_index, total, state.num_processes)
+    to_do = [number for number in mine if number not in scores.rows]
+    bar = tqdm(total=len(mine), initial=len(mine) - len(to_do), desc="sampling", disable=not state.is_main_process)
+    # What was answered and not scored first, so that a function that fails does so at once
+    for known in (True, False):
+        some = [number for number in to_do if (number in samples.rows) == known]
+        for numbers in answerer.batches(some, batch_size):
+            if not known:
+                for number, ids in zip(numbers, answerer(numbers), strict=True):
+                    texts = [answerer.text(number, answer) for answer in ids]
+                    samples.add(number, texts=texts, ids=ids)
+            _score(answerer.prompts, [samples.rows[number] for number in numbers], rewards, scores)
+            bar.update(len(numbers))
+    bar.close()
+    state.wait_for_everyone()
+    samples.read()
+    scores.read()
+    return samples, scores
+
+
+def _score(prompts: Prompts, answered: list[dict[str, Any]], rewards: Rewards, scores: Ledger) -> None:
+    each = [(row["number"], text, ids) for row in answered for text, ids in zip(row["texts"], row["ids"], strict=True)]
+    given = [prompts.rows[number] for number, _, _ in each]
+    found = rewards(
+        [row["prompt"] for row in given],
+        [_completion(text, prompts.conversational) for _, text, _ in each],
+        [ids for _, _, ids in each],
+        {name: [row[name] for row in given] for name in prompts.columns},
+    )
+    of_answers = iter(zip(*found, strict=True))
+    for row in answered:
+        scores.add(row["number"], rewards=[next(of_answers) for _ in row["texts"]])
+
+
+def _completion(text: str, conversational: bool) -> Any:
+    return [{"role": "assistant", "content": text}] if conversational else text
+
+
+def _rows(
+    prompts: Prompts, samples: Rows, scores: Rows, rewards: Rewards, choose: Callable[..., Iterator[tuple[int, ...]]]
+) -> Iterator[dict[str, Any]]:
+    """Rows to train on, with where they come from."""
+    for number, given in enumerate(prompts.rows):
+        texts = samples[number]["texts"]
+        answers = [_completion(text, prompts.conversational) for text in texts]
+        totals = [rewards.total(each) for each in scores[number]["rewards"]]
+        for i, *others in choose(texts, totals):
+            row = {"prompt": given["prompt"], "chosen": answers[i], "score_chosen": totals[i], "sample_chosen": i}
+            for j in others:
+                row |= {"rejected": answers[j], "score_rejected": totals[j], "sample_rejected": j}
+            yield {**row, "prompt_number": number}
+
+
+def chosen_answers(
+    texts: Sequence[str], totals: Sequence[float | None], strategy: str, margin: float
+) -> Iterator[tuple[int, ...]]:
+    """
+    Which answers to a prompt make rows: `(chosen, rejected)`, or `(answer,)` with `strategy="threshold"`.
+
+    Of equal answers the first counts, and an empty one is nothing that a model could score.
+    """
+    usable = [
+        i for i, (text, total) in enumerate(zip(texts, totals, strict=True))
+        if total is not None and text.strip() and text not in texts[:i]
+    ]  # fmt: skip
+    if strategy == "threshold":
+        yield from ((i,) for i in usable)
+        return
+    ordered = sorted(usable, key=lambda i: -totals[i])  # type: ignore[operator]
+    pairs = list(combinations(ordered, 2)) if strategy == "all" else [(ordered[0], ordered[-1])] if ordered else []
+    for high, low in pairs:
+        difference = totals[high] - totals[low]  # type: ignore[operator]
+        if difference > 0 and difference >= margin:
+            yield high, low
+
+
+def _labelled(row: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """A row of one answer, in the form of ELBO-KTO."""
+    row["completion"], row["score"], row["sample"] = (row.pop(f"{name}chosen") for name in ("", "score_", "sample_"))
+    return {**row, "label": row["score"] >= threshold}
+
+
+def _refuse_none(rows: list[dict[str, Any]], strategy: str, margin: float, prompts: int) -> None:
+    if not rows:
+        raise ValueError(
+            f"None of {prompts} prompts gave a row with `strategy={strategy!r}` and `margin={margin}`: its answers "
+            "have equal rewards, or none. Answers are kept; take a larger `num_samples` or `temperature` in another "
+            "`output_dir`, or other reward functions in this one."
+        )
+
+
+def _write(folder: Path, dataset: Dataset, model: Any, how: dict[str, Any], rewards: Rewards) -> None:
+    made = {
+        "model_name_or_path": getattr(model.config, "_name_or_path", ""),
+        **how,
+        "reward_functions": dict(zip(rewards.names, rewards.weights, strict=True)),
+        "versions": {name: version(name) for name in ("trl_diffusion", "trl", "transformers", "torch")},
+    }
+    (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
+    unfinished = folder / "train.jsonl.unfinished"
+    with open(unfinished, "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset)
+    unfinished.replace(folder / "train.jsonl")
+    logger.info("%d rows in %s.", len(dataset), folder / "train.jsonl")

@@ -1,0 +1,111 @@
+"""Reward functions in the signature of TRL's GRPO, so that those of `trl.rewards` work as they are."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from numbers import Real
+from typing import Any
+
+RewardFunc = Callable[..., Any]
+
+
+class Rewards:
+    """
+    Scores answers with one or several functions, whose rewards are added.
+
+    A function is called as `function(prompts=..., completions=..., completion_ids=..., **columns)`, each a list with
+    one entry for each answer. It returns a list of as many numbers, with None where it does not apply, or a coroutine.
+
+    Args:
+        functions: one, or a list.
+        weights: of each; by default 1.
+    """
+
+    def __init__(self, functions: RewardFunc | Sequence[RewardFunc], weights: Sequence[float] | None = None):
+        given = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
+        self.functions: list[RewardFunc] = given
+        for function in given:
+            if not callable(function) or hasattr(function, "forward"):
+                raise TypeError(
+                    f"`reward_funcs` must be functions in the signature of TRL's GRPO, got {function!r}. Wrap a reward "
+                    "model in a function that returns a list of numbers."
+                )
+        if not given:
+            raise ValueError("`reward_funcs` is empty: give at least one function.")
+        self.weights = [1.0] * len(given) if weights is None else list(weights)
+        if len(self.weights) != len(given) or not all(math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"`reward_weights` must be {len(given)} finite numbers, one a function, got {weights}.")
+
+    @property
+    def names(self) -> list[str]:
+        """Of the functions."""
+        return [getattr(function, "__name__", type(function).__name__) for function in self.functions]
+
+    def key(self) -> str:
+        """A hash of the functions' names and sources."""
+        parts = [(name, _source(function)) for name, function in zip(self.names, self.functions, strict=True)]
+        return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
+    ) -> list[list[float | None]]:
+        """
+        Rewards `[functions][answers]`.
+
+        Raises:
+            RuntimeError: a function raises.
+            ValueError: it returns something else than as many numbers as there are answers.
+        """
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        return [self._ask(*named, given) for named in zip(self.names, self.functions, strict=True)]
+
+    def total(self, rewards: Sequence[float | None]) -> float | None:
+        """The weighted sum of the rewards of one answer; None if no function applies."""
+        known = [weight * reward for weight, reward in zip(self.weights, rewards, strict=True) if reward is not None]
+        return sum(known) if known else None
+
+    @staticmethod
+    def _ask(name: str, function: RewardFunc, given: dict[str, Any]) -> list[float | None]:
+        try:
+            # The place of what GRPO passes besides, which has no meaning here
+            found = function(**given, trainer_state=None, log_extra=_ignore, log_metric=_ignore)
+            found = asyncio.run(found) if inspect.iscoroutine(found) else found
+        except Exception as error:  # of a user's function
+            raise RuntimeError(
+                f"The reward function `{name}` raised {type(error).__name__}: {error}. It was called with "
+                f"{sorted(given)}. Answers are kept: correct it and start again."
+            ) from error
+        number = len(given["completions"])
+        values = list(found) if isinstance(found, Sequence) or hasattr(found, "tolist") else None
+        if values is None or len(values) != number:
+            what = type(found).__name__ if values is None else f"{len(values)} rewards"
+            raise ValueError(
+                f"The reward function `{name}` returned {what} for {number} answers. It has to return a list with one "
+                "number, or None, for each. Answers are kept: correct it and start again."
+            )
+        return [_number(value, name, place) for place, value in enumerate(values)]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """For functions that log into a trainer's table."""
+
+
+def _number(value: Any, name: str, place: int) -> float | None:
+    value = value.item() if hasattr(value, "item") else value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if not isinstance(value, Real) or math.isinf(value):
+        raise ValueError(
+            f"The reward function `{name}` returned {value!r} for answer {place}, and not a finite number."
+        )
+    return float(value)
+
+
+def _source(function: RewardFunc) -> str:
+    """Its code, or its full name where that cannot be had."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
