@@ -8,8 +8,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..models.families import family_of
+from ..models.positions import position_limit
 from ..models.sampler import generate
-from .prompts import Prompts
+from ..models.sampler_arguments import read_arguments
+from .prompts import Prompts, refuse_long
 
 
 class Answerer:
@@ -24,6 +26,9 @@ class Answerer:
         num_samples: answers to each.
         seed: of the sampler's noise.
         arguments: of `generate`.
+
+    Raises:
+        ValueError: arguments that the sampler does not have, or prompts that do not fit before its canvas.
     """
 
     def __init__(
@@ -37,7 +42,10 @@ class Answerer:
     ):
         self.model = model.get_base_model() if isinstance(model, PeftModel) else model
         self.tokenizer, self.prompts, self.num_samples = tokenizer, prompts, num_samples
-        self._seed, self._arguments = seed, arguments
+        self._seed, self.arguments = seed, arguments
+        configs = (getattr(self.model, "generation_config", None),)
+        sampler, _ = read_arguments(self.model.config, configs, dict(arguments), 0)
+        refuse_long(prompts, sampler.max_new_tokens, position_limit(self.model))
         vocabulary = tokenizer.get_vocab()
         ends = [vocabulary[token] for token in family_of(self.model.config).end_of_turn if token in vocabulary]
         self._ends = {*ends, tokenizer.eos_token_id}
@@ -65,7 +73,7 @@ class Answerer:
             attention_mask=real.to(device),
             num_return_sequences=self.num_samples,
             seed=self._seed + self._occurrences[numbers[0]],
-            **self._arguments,
+            **self.arguments,
         )
         answers = [self._cut(row) for row in sequences[:, longest:].tolist()]
         return [answers[i * self.num_samples : (i + 1) * self.num_samples] for i in range(len(numbers))]

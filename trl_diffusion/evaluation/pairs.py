@@ -14,19 +14,16 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.inputs import check_writable
 from ..models.denoiser import resolve_mask_token_id
-from ..models.positions import position_limit
-from ..models.sampler_arguments import read_arguments
 from ..scoring.door import hash_module
 from ..scoring.key import scoring_key
 from .answers import Answerer
 from .ledger import Ledger, processes_of
-from .prompts import Prompts, read_prompts, refuse_long
+from .prompts import Prompts, read_prompts
 from .rewards import Rewards
 
 logger = get_logger(__name__)
@@ -87,33 +84,28 @@ def sample_pairs(
     """
     _check(num_samples, strategy, threshold, margin, batch_size)
     rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer)
-    arguments = {"temperature": 1.0, **generation}
     check_writable(output_dir)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    sampler, _ = read_arguments(base.config, (getattr(base, "generation_config", None),), dict(arguments), 0)
-    refuse_long(asked, sampler.max_new_tokens, position_limit(base))
-    answerer = Answerer(model, tokenizer, asked, num_samples, seed, arguments)
-    key = {
-        "model": hash_module(model),
-        "function": scoring_key(model, resolve_mask_token_id(base.config, tokenizer), "no"),
-        "prompts": asked.key(),
-        "num_samples": num_samples,
-        "seed": seed,
-        **arguments,
-    }
+    answerer = Answerer(model, tokenizer, asked, num_samples, seed, {"temperature": 1.0, **generation})
+    key = _key(model, answerer, seed)
     samples, scores = _sampled_and_scored(answerer, rewards, key, Path(output_dir) / "samples", batch_size)
     choose = partial(chosen_answers, strategy=strategy, margin=margin)
     rows = list(_rows(asked, samples.rows, scores.rows, rewards, choose))
     if threshold is not None:
         rows = [_labelled(row, threshold) for row in rows]
     _refuse_none(rows, strategy, margin, len(asked.rows))
-    dataset = Dataset.from_list(rows)
-    state = processes_of(model)
+    dataset, state = Dataset.from_list(rows), processes_of(answerer.model)
     if state.is_main_process:
-        how = {"strategy": strategy, "threshold": threshold, "margin": margin, "rows": len(rows)}
-        _write(Path(output_dir), dataset, base, {**key, **how}, rewards)
+        how = {**key, "strategy": strategy, "threshold": threshold, "margin": margin, "rows": len(rows)}
+        _write(Path(output_dir), dataset, answerer.model, how, rewards)
     state.wait_for_everyone()
     return dataset
+
+
+def _key(model: Any, answerer: Answerer, seed: int) -> dict[str, Any]:
+    """What answers depend on."""
+    function = scoring_key(model, resolve_mask_token_id(answerer.model.config, answerer.tokenizer), "no")
+    of_model = {"model": hash_module(model), "function": function, "prompts": answerer.prompts.key()}
+    return {**of_model, "num_samples": answerer.num_samples, "seed": seed, **answerer.arguments}
 
 
 def _check(num_samples: int, strategy: str, threshold: float | None, margin: float, batch_size: int) -> None:
