@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import SPECIAL, make_model, make_tokenizer
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from processes import run_forked
@@ -45,7 +45,7 @@ def until_the_end(answer):
     """Words up to the end of the turn or of the text: what follows is another's."""
     tokenizer = make_tokenizer()
     words = itertools.takewhile(lambda word: word not in ("<|eot_id|>", "<|endoftext|>"), map(tokenizer.decode, answer))
-    return [word for word in words if word not in tokenizer.all_special_tokens]
+    return [word for word in words if word not in {*SPECIAL, *tokenizer.all_special_tokens}]
 
 
 # Which answers
