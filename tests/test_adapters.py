@@ -246,6 +246,19 @@ def test_layers_that_are_there_once_are_not_warned_of(tmp_path):
     make_trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules=[*TARGETS, "wte"]))  # warnings are errors
 
 
+@pytest.mark.parametrize("where", [{"target_modules": [*TARGETS, "wte"]}, {"modules_to_save": ["wte"]}], ids=str)
+def test_an_adapter_on_the_embedding_alone_of_a_tied_head(where, tmp_path):
+    """Merged, it would be another model. With a head of its own, and where the adapter is elsewhere, it is none."""
+    lora = {"r": 4, "target_modules": TARGETS, **where}
+    for model, config in [
+        (make_model(weight_tying=True), LoraConfig(**lora)),
+        (get_peft_model(make_model(weight_tying=True), LoraConfig(**lora)), None),
+    ]:
+        with pytest.raises(ValueError, match="on the embedding `.*wte`, whose weight is the output head's too"):
+            make_trainer(tmp_path, model=model, peft_config=config)
+    make_trainer(tmp_path, model=make_model(weight_tying=True), peft_config=LoraConfig(r=4, target_modules=TARGETS))
+
+
 # Paths
 
 

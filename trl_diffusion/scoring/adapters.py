@@ -8,6 +8,8 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from ..models.families import family_of
@@ -57,6 +59,32 @@ def refuse_changed_base(peft_config: Any, cure: str) -> None:
         raise ValueError(
             f"`init_lora_weights={init!r}` changes the weights of the base model, so that without its adapter it is "
             f"another model than the one training starts from. {cure}"
+        )
+
+
+def refuse_half_of_a_tie(model: Any) -> None:
+    """
+    Refuse an adapter on the embedding alone where the output head is the embedding.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if isinstance(embedding, ModulesToSaveWrapper):
+        weight = embedding.original_module.weight
+    elif isinstance(embedding, BaseTunerLayer):
+        weight = embedding.get_base_layer().weight
+    else:
+        return
+    if weight is getattr(head, "weight", None):
+        name = next(name for name, module in base.named_modules() if module is embedding)
+        raise ValueError(
+            f"The adapter is on the embedding `{name}`, whose weight is the output head's too: the head would stay as "
+            "it was, and merging the adapter would change both, which is another model than was trained. Leave the "
+            "embedding out of `target_modules` and `modules_to_save`."
         )
 
 

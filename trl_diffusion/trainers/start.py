@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from ..checks.numbers import naming_the_example
 from ..models.denoiser import evaluating
+from ..scoring.adapters import refuse_half_of_a_tie
 from ..scoring.head import FIXED_NONCE, on_draws
 from ..scoring.precision import warn_of_lost_updates
 from ..scoring.ready_adapter import tensors_of
@@ -46,6 +47,7 @@ def check_before_training(trainer: Any) -> None:
 
     Where weights are put in place later (FSDP, DeepSpeed), the scores are compared when training begins.
     """
+    refuse_half_of_a_tie(trainer.model)
     placed_later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not placed_later or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "no"):
         # DeepSpeed trains a copy in float32, and so does FSDP in mixed precision
