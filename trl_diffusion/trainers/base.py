@@ -2,34 +2,24 @@
 What the trainers of this package share: TRL's trainer, with a Monte Carlo ELBO in the place of the log-probability.
 
 What is overridden, in the order in which a run meets it: how the model gets its scoring head (constructor), which rows
-reach it (`_prepare_dataset`), which draws the policy and the reference meet (`reference.py`). Losses, references,
+reach it (`data.py`), which draws the policy and the reference meet (`running.py`, `reference.py`). Losses, references,
 adapters, checkpoints and the loop are TRL's own.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from ..checks.datasets import check_datasets, check_eval_dataset
-from ..checks.inputs import (
-    check_arguments,
-    check_models,
-    check_same_vocabulary,
-    check_tokenizer,
-    require_trainable,
-)
+from ..checks.datasets import check_datasets
+from ..checks.inputs import check_arguments, check_models, check_same_vocabulary, require_trainable
 from ..checks.numbers import FiniteGradients, naming_the_example
-from ..checks.rows import RowForms
-from ..estimators.draws import MaskDraws
-from ..models.chat_template import use_training_template
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
-from ..models.families import family_of
 from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
@@ -37,34 +27,29 @@ from ..resuming.run import checkpoint_to_resume, finish_checkpoint, saving_a_che
 from ..scoring.adapters import check_reference_of_adapters, fitting_get_peft_model, reference_copy
 from ..scoring.door import check_asked_for, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
-from ..scoring.head import FIXED_NONCE, ELBOHead, ELBOHeadOutput, add_elbo_head
+from ..scoring.head import ELBOHead, add_elbo_head
 from ..scoring.precision import cast_adapters, keep_differentiable
 from ..scoring.ready_adapter import ReadyAdapter, take_over
 from .coupling import CouplingWatch
-from .data import readable, without_length_filter
+from .data import DataMixin
 from .loading import find_model, load_model, load_tokenizer, loading_options
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
 from .processes import ProcessesMixin
 from .reference import ReferenceMixin
-from .running import RunningKappaCallback
+from .running import RunningKappaCallback, RunningMixin
 from .start import check_before_training
-from .tokens import TokenRules, scorable
-from .trial import refuse_router_loss, try_shift
 
 logger = get_logger(__name__)
-Callback = TypeVar("Callback")
 
 
-class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
+class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
     """
     Put in front of a TRL trainer, makes its log-probabilities ELBOs. The subclasses are final.
 
     Attributes:
         _trl_module: module of the TRL trainer, where the seam is.
         _config_class: configuration of the trainer.
-        _row_forms: columns that a row must have, in one of these ways.
-        _completion_columns: columns of completion ids that TRL's tokenisation makes.
         _responses_per_row: responses of a row that are trained on.
         _has_reference: whether the loss compares the policy with a reference.
         _paper: title, id and citation of the method.
@@ -72,8 +57,6 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
 
     _trl_module: ClassVar[str]
     _config_class: ClassVar[type]
-    _row_forms: ClassVar[RowForms]
-    _completion_columns: ClassVar[tuple[str, ...]]
     _responses_per_row: ClassVar[int]
     _has_reference: ClassVar[bool] = True
     _paper: ClassVar[dict[str, str]]
@@ -152,10 +135,8 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
         """A trainer that is complete: checked, and with the callbacks that watch its run."""
         for model in filter(None, (self.model, self.ref_model)):
             check_asked_for(model, self._headed)
-        refuse_router_loss(self)
         cast_adapters(self.model, self.args.adapter_dtype)
         self._let_gradients_come_once()
-        try_shift(self)
         if self.args.control_variate == "adaptive":
             self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
         check_before_training(self)
@@ -206,32 +187,6 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
             return SCALED
         return SHARDED if self.is_fsdp_enabled or is_deepspeed_zero3_enabled() else ""
 
-    # Data
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *others: Any) -> Any:
-        tokenizer, family = self._tokenizer, family_of(self._model_config)
-        check_tokenizer(tokenizer, self._model_config)
-        if use_training_template(tokenizer, family):
-            logger.warning_once(
-                "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
-                "one that does so only with `add_generation_prompt=True`; the tokens are the same."
-            )
-        mask_token_id = resolve_mask_token_id(self._model_config, tokenizer)
-        where = {"name": others[-1], "num_proc": args.dataset_num_proc}
-        dataset, form = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
-        dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), *others)
-        rules = TokenRules(
-            tokenizer,
-            form.conversational,
-            mask_token_id=mask_token_id,
-            vocab_size=self._model_config.vocab_size,
-            end_of_turn=family.end_of_turn,
-            append_eos=args.append_eos and family.append_eos,
-            max_length=args.max_length,
-            max_positions=self._max_positions,
-        )
-        return scorable(dataset, self._completion_columns, rules, **where)
-
     # The run
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -252,34 +207,6 @@ class ELBOTrainerMixin(ReferenceMixin, ProcessesMixin):
             self._coupling.look(inputs)
         with naming_the_example(inputs, self._tokenizer):
             return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
-        """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
-        callback = self._callback(RunningKappaCallback)
-        kappa = callback.kappa.value if callback and nonce != FIXED_NONCE else None
-        return self._sampler(maskable, rows, attention_mask, nonce, kappa)
-
-    def _learn_kappa(self, outputs: list[ELBOHeadOutput], pairs: bool) -> None:
-        callback = self._callback(RunningKappaCallback)
-        if callback and self.model.training:
-            moments = self.accelerator.reduce(self._diagnostics.kappa_moments(outputs, pairs), reduction="sum")
-            callback.kappa.observe(*moments.tolist())
-
-    def _callback(self, kind: type[Callback]) -> Callback | None:
-        """The callback of a kind that keeps a running state; a resumed run has made a new one."""
-        return next((each for each in self.callback_handler.callbacks if isinstance(each, kind)), None)
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""
-        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        own = [name for name, dataset in named.items() if dataset is eval_dataset]
-        if eval_dataset is self.eval_dataset:
-            eval_dataset = None
-        elif own:
-            eval_dataset = own[0]
-        else:
-            check_eval_dataset(eval_dataset, self._row_forms, self._reference_columns, self.args.dataset_num_proc)
-        return super().evaluate(eval_dataset, **kwargs)
 
     # Saving, see resuming/
 

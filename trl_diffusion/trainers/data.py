@@ -1,17 +1,82 @@
-"""From a user's rows to what TRL is given to tokenise: plain texts, or messages of text, with a prompt."""
+"""From a user's rows to what is scored: plain texts, or messages of text, which TRL is given to tokenise."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from accelerate.logging import get_logger
 from datasets import IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..checks.datasets import form_of, unformatted
+from ..checks.datasets import check_eval_dataset, form_of, unformatted
 from ..checks.findings import Judge, judge_row, judge_rows
+from ..checks.inputs import check_tokenizer
 from ..checks.rows import RowForm, RowForms
 from ..checks.template import Writing
-from ..models.chat_template import leaves_turns_open
-from .tokens import NUMBER
+from ..models.chat_template import leaves_turns_open, use_training_template
+from ..models.denoiser import resolve_mask_token_id
+from ..models.families import family_of
+from .tokens import NUMBER, TokenRules, scorable
+
+if TYPE_CHECKING:  # what the mixin is put in front of
+    from ..scoring.door import DPOTrainer as _TRLTrainer
+else:
+    _TRLTrainer = object
+
+logger = get_logger(__name__)
+
+
+class DataMixin(_TRLTrainer):
+    """
+    Put in front of a TRL trainer: its datasets are read and judged, before and after TRL tokenises them.
+
+    Attributes:
+        _row_forms: columns that a row must have, in one of these ways.
+        _completion_columns: columns of completion ids that TRL's tokenisation makes.
+        _reference_columns: names under which TRL reads reference values from a batch.
+    """
+
+    _row_forms: ClassVar[RowForms]
+    _completion_columns: ClassVar[tuple[str, ...]]
+    _reference_columns: tuple[str, ...]
+    _model_config: Any
+    _tokenizer: Any
+    _max_positions: int | None
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *others: Any) -> Any:
+        tokenizer, family = self._tokenizer, family_of(self._model_config)
+        check_tokenizer(tokenizer, self._model_config)
+        if use_training_template(tokenizer, family):
+            logger.warning_once(
+                "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
+                "one that does so only with `add_generation_prompt=True`; the tokens are the same."
+            )
+        mask_token_id = resolve_mask_token_id(self._model_config, tokenizer)
+        where = {"name": others[-1], "num_proc": args.dataset_num_proc}
+        dataset, form = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
+        dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), *others)
+        rules = TokenRules(
+            tokenizer,
+            form.conversational,
+            mask_token_id=mask_token_id,
+            vocab_size=self._model_config.vocab_size,
+            end_of_turn=family.end_of_turn,
+            append_eos=args.append_eos and family.append_eos,
+            max_length=args.max_length,
+            max_positions=self._max_positions,
+        )
+        return scorable(dataset, self._completion_columns, rules, **where)
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""
+        named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        own = [name for name, dataset in named.items() if dataset is eval_dataset]
+        if eval_dataset is self.eval_dataset:
+            eval_dataset = None
+        elif own:
+            eval_dataset = own[0]
+        else:
+            check_eval_dataset(eval_dataset, self._row_forms, self._reference_columns, self.args.dataset_num_proc)
+        return super().evaluate(eval_dataset, **kwargs)
 
 
 def readable(

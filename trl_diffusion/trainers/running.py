@@ -1,12 +1,44 @@
-"""Running values over past steps as part of a checkpoint: they travel in `trainer_state.json`."""
+"""Running values over past steps, which draws go by. As a part of a checkpoint they travel in `trainer_state.json`."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..estimators.draws import MaskDraws
 from ..estimators.kappa import RunningKappa
+from ..scoring.head import FIXED_NONCE, ELBOHeadOutput
+
+if TYPE_CHECKING:  # what the mixin is put in front of
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+Callback = TypeVar("Callback")
+
+
+class RunningMixin(_Trainer):
+    """Put in front of a trainer: its draws, and what they learn from past steps."""
+
+    _sampler: Any
+    _diagnostics: Any
+
+    def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
+        """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
+        callback = self._callback(RunningKappaCallback)
+        kappa = callback.kappa.value if callback and nonce != FIXED_NONCE else None
+        return self._sampler(maskable, rows, attention_mask, nonce, kappa)
+
+    def _learn_kappa(self, outputs: list[ELBOHeadOutput], pairs: bool) -> None:
+        callback = self._callback(RunningKappaCallback)
+        if callback and self.model.training:
+            moments = self.accelerator.reduce(self._diagnostics.kappa_moments(outputs, pairs), reduction="sum")
+            callback.kappa.observe(*moments.tolist())
+
+    def _callback(self, kind: type[Callback]) -> Callback | None:
+        """The callback of a kind that keeps a running state; a resumed run has made a new one."""
+        return next((each for each in self.callback_handler.callbacks if isinstance(each, kind)), None)
 
 
 class RunningKappaCallback(TrainerCallback, ExportableState):

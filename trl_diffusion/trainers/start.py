@@ -16,8 +16,10 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from ..checks.numbers import naming_the_example
-from ..models.denoiser import evaluating
+from ..models.alignment import check_shift
+from ..models.denoiser import evaluating, resolve_mask_token_id
 from ..scoring.adapters import refuse_half_of_a_tie
+from ..scoring.gradients import SHARDED
 from ..scoring.head import FIXED_NONCE, on_draws
 from ..scoring.precision import warn_of_lost_updates
 from ..scoring.ready_adapter import tensors_of
@@ -43,11 +45,14 @@ class StartCheck(TrainerCallback):
 
 def check_before_training(trainer: Any) -> None:
     """
-    Check that a constructed trainer starts at its reference, which stays where it is, and that its steps are not lost.
+    Check that a constructed trainer scores what its family says, starts at its reference, which stays where it is, and
+    that its steps are not lost.
 
     Where weights are put in place later (FSDP, DeepSpeed), the scores are compared when training begins.
     """
     refuse_half_of_a_tie(trainer.model)
+    refuse_router_loss(trainer)
+    try_shift(trainer)
     placed_later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not placed_later or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "no"):
         # DeepSpeed trains a copy in float32, and so does FSDP in mixed precision
@@ -60,6 +65,24 @@ def check_before_training(trainer: Any) -> None:
         trainer.add_callback(StartCheck(trainer))
     else:
         check_start(trainer, trainer.model)
+
+
+def try_shift(trainer: Any) -> None:
+    """Refuse logits that stand elsewhere than the family says, see [`check_shift`]; not tried on sharded weights."""
+    if trainer._obstacle_to_immediate() == SHARDED or trainer.train_dataset is None:
+        return
+    model, column = trainer.accelerator.unwrap_model(trainer.model), trainer._completion_columns[0]
+    rows = ((row["prompt_ids"], row[column]) for row in trainer.train_dataset)
+    check_shift(model, rows, resolve_mask_token_id(model.config, trainer._tokenizer))
+
+
+def refuse_router_loss(trainer: Any) -> None:
+    """Refuse a loss of a router of experts, which no score returns."""
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            f"`router_aux_loss_coef={trainer.router_aux_loss_coef}` adds a loss of the router, which a score does not "
+            "return. Set `router_aux_loss_coef=0.0`."
+        )
 
 
 def refuse_shared_weights(model: Any) -> None:
