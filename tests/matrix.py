@@ -195,8 +195,6 @@ def train_all(cells, folder, **options):
     """In forked processes: the outcome of each cell, or what it raised, into a file of its own."""
     for cell in cells:
         os.environ.update({name: str(value) for name, value in environment_of(cell).items()})
-        if cell.launch.startswith("zero"):
-            compile_nothing()
         try:
             outcome = train(cell, folder, **options)
         except Exception:
@@ -218,6 +216,7 @@ def environment_of(cell):
     if cell.launch == "fsdp2":
         return {**FSDP, **precision, "FSDP_CPU_RAM_EFFICIENT_LOADING": str(cell.source == "path").lower()}
     if cell.launch.startswith("zero"):
+        whole = {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"} if cell.launch == "zero3" else {}
         init = cell.launch == "zero3" and cell.source == "path"
         return {
             **precision,
@@ -227,7 +226,7 @@ def environment_of(cell):
             "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
             "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
             "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(init).lower(),
-            "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+            **whole,
         }
     return precision
 
@@ -243,8 +242,13 @@ def run(cells, folder, **options):
 
 
 def train_all_pretending(cells, folder, options):
-    """accelerate and transformers offer FSDP, and DeepSpeed in bfloat16, to machines with accelerators only."""
-    if cells[0].launch.startswith("zero"):
-        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-    with fsdp_on_the_cpu() if cells[0].launch == "fsdp2" else contextlib.nullcontext():
+    with as_on_accelerators(cells[0].launch):
         train_all(cells, folder, **options)
+
+
+def as_on_accelerators(launch):
+    """accelerate and transformers offer FSDP, and DeepSpeed in bfloat16, to machines with accelerators only."""
+    if launch.startswith("zero"):
+        compile_nothing()
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    return fsdp_on_the_cpu() if launch.startswith("fsdp2") else contextlib.nullcontext()
