@@ -1,6 +1,6 @@
 # `make demo` and `make test` need only python3 and make: each sets up what it needs in .venv.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-kto test lint types check clean
+.PHONY: help demo demo-kto test test-newest lint types check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,7 @@ help:
 	@echo "make demo    align a small diffusion language model and see what changed (about four minutes)"
 	@echo "make demo-kto  the same from thumbs instead of pairs, by ELBO-KTO"
 	@echo "make test    run the tests"
+	@echo "make test-newest  run a part of them with the newest versions that are allowed"
 	@echo "make check   lint, types and tests, as CI does"
 
 # torch first and pinned: a plain requirement would take the newest build, with gigabytes of CUDA, on a machine without GPU
@@ -39,6 +40,21 @@ demo-kto: $(VENV)/.installed
 test: $(VENV)/.tests
 	$(RUN) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
+# What the versions of other libraries can break first. An environment over .venv, with what is newer there
+NEWEST_TESTS := tests/test_trl_contract.py tests/test_trainers.py tests/test_head.py tests/test_gradients.py \
+	tests/test_qlora.py tests/test_decoders.py \
+	"tests/test_matrix.py::test_two_steps_are_those_of_one_process_in_float32[one]"
+
+$(VENV)-newest/.installed: $(VENV)/.tests requirements-newest.txt
+	@$(VENV)/bin/python -m venv $(VENV)-newest
+	@below=$$($(VENV)/bin/python -c "import site; print(site.getsitepackages()[0])") && \
+		echo "import site; site.addsitedir('$$below')" > $$(echo $(VENV)-newest/lib/python*/site-packages)/below.pth
+	@$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-newest.txt
+	@touch $@
+
+test-newest: $(VENV)-newest/.installed
+	$(RUN:$(VENV)/%=$(VENV)-newest/%) -m pytest -n 2 --dist loadgroup $(NEWEST_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -49,4 +65,4 @@ types: $(VENV)/.installed
 check: lint types test
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-newest runs build dist *.egg-info
