@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
-from peft import LNTuningConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from starts import (
     ADAPTERS,
     CHANGING_AT_ONCE,
@@ -229,8 +229,9 @@ def test_a_constructor_that_fails_leaves_the_model_its_own(tmp_path):
 
 
 def test_only_adapters_of_linear_layers_get_the_familys(tmp_path):
-    with pytest.raises(ValueError, match="specify `target_modules`"):
-        make_trainer(tmp_path, peft_config=LNTuningConfig())
+    for kind, layers in ((LNTuningConfig, r"its norms are \['attn_norm', 'ff_norm'\]"), (IA3Config, "feed forward")):
+        with pytest.raises(ValueError, match=f"`{kind.__name__}` has no `target_modules`.*{layers}"):
+            make_trainer(tmp_path, peft_config=kind())
     trained = {name for name, p in make_trainer(tmp_path, peft_config=VeraConfig(r=4)).model.named_parameters()}
     assert sum(".vera_lambda_b" in name for name in trained) == 14
 

@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.utils import TorchDynamoPlugin
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset, IterableDataset
@@ -174,6 +175,36 @@ def test_a_device_without_float64(tmp_path, monkeypatch, config):
     monkeypatch.setattr(config, "device", torch.device("mps"))
     with pytest.raises(ValueError, match="float64, which Apple's GPUs .MPS. do not have. Set `use_cpu=True, bf16=Fals"):
         config(str(tmp_path), bf16=False)
+
+
+def offloaded():
+    cpu_offload(model := make_model(), torch.device("cpu"))
+    return model
+
+
+def never_loaded():
+    with torch.device("meta"):
+        return make_model()
+
+
+@pytest.mark.parametrize("make", [offloaded, never_loaded])
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_weights_that_are_elsewhere(tmp_path, make, name):
+    with pytest.raises(ValueError, match=f"`{name}` has 21 weights on the meta device, `model.transformer.wte.weight"):
+        make_trainer(tmp_path, **{"model": make_model(), name: make()})
+
+
+def test_weights_that_a_device_map_has_left_to_the_disk(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    parts = ("wte", "blocks.0", "blocks.1", "ln_f", "ff_out")
+    where = {f"model.transformer.{part}": "disk" if part == "blocks.1" else "cpu" for part in parts}
+    with pytest.raises(ValueError, match="`model` has 9 weights on the meta device, `model.transformer.blocks.1"):
+        make_trainer(
+            tmp_path,
+            str(tmp_path / "model"),
+            model_init_kwargs={"device_map": where, "offload_folder": str(tmp_path / "rest")},
+            peft_config=LoraConfig(r=4),
+        )
 
 
 OF_SFT = {"packing", "eval_packing", "packing_strategy", "assistant_only_loss", "dataset_kwargs"}

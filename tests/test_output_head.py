@@ -134,6 +134,18 @@ def test_an_offloaded_head_is_scored(tmp_path, offload):
         torch.testing.assert_close(scored(model, batch).log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+def test_the_kernel_runs_where_the_head_is():
+    """Triton launches on the current device, which is the first; the model is on the last, and need not be the same."""
+    model, batch = make_model(), make_batch()
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    with torch.no_grad():
+        expected = scored(model, batch).log_probs
+        there = scored(model.to(device), {name: value.to(device) for name, value in batch.items()}).log_probs
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(there.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_that_are_elsewhere_are_not_tried():
     with torch.device("meta"):
         check_denoiser(LLaDAModelLM(make_model().config), 2)

@@ -66,6 +66,22 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
         )
 
 
+def check_placed(model: Any, name: str) -> None:
+    """
+    Refuse a model whose weights are elsewhere than where they are computed with: they come for a forward only.
+
+    Raises:
+        ValueError: names one.
+    """
+    elsewhere = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if elsewhere:
+        raise ValueError(
+            f"`{name}` has {len(elsewhere)} weights on the meta device, `{elsewhere[0]}` first: a `device_map` left "
+            "them to the CPU or a disk, or they were never loaded. Training needs all of them on its devices: load "
+            "without `device_map`, in 4 bits if that is too large, or spread over processes by FSDP2 or ZeRO-3."
+        )
+
+
 def check_same_vocabulary(config: Any, other: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a reference, of the configuration `other`, that cannot be scored on the policy's input."""
     cure = "The two have to be scored on the same input: use a reference of the same family and vocabulary."

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -109,22 +110,42 @@ def _check_adapters(model: PeftModel) -> None:
         )
 
 
-def _takes_linear_layers(peft_config: PeftConfig) -> bool:
-    """Whether a kind of adapter is made for linear layers, as the targets that PEFT has for Llama tell."""
+def _needs(peft_config: PeftConfig) -> str:
+    """Which layers a kind of adapter is made for, as its targets in a Llama tell: "" for none, "linear", "other"."""
+    if hasattr(peft_config, "feedforward_modules"):  # IA3, which treats two sorts of linear layers differently
+        return "other"
     table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type), "target_module_mapping", {})
     targets = table.get("llama") or ()
-    return bool(targets) and all(name.endswith("_proj") for name in targets)
+    if not targets:
+        return ""
+    return "linear" if all(name.endswith("_proj") for name in targets) else "other"
+
+
+def _refuse_missing_targets(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Name the layers that there are, where neither PEFT nor the family has targets for a kind of adapter."""
+    kind, ends = type(peft_config).__name__, {1: set[str](), 2: set[str]()}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if re.search(r"\.\d+\.", name) and isinstance(weight, torch.Tensor) and weight.dim() in ends:
+            ends[weight.dim()].add(name.rsplit(".", 1)[-1])
+    two = hasattr(peft_config, "feedforward_modules")
+    raise ValueError(
+        f"`{kind}` has no `target_modules`, and there are none by default for a `{type(model).__name__}`. Set them to "
+        f"ends of the names of layers{', and `feedforward_modules` to those that feed forward' if two else ''}. The "
+        f"linear layers of a block are {sorted(ends[2])}, its norms are {sorted(ends[1])}."
+    )
 
 
 def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
     """
     The adapter's configuration with `target_modules` filled in from the family if there are none and it needs linear
-    layers; PEFT asks for those of another kind.
+    layers.
 
     Warns of every requested name that matches no layer, or only some of the blocks.
 
     Raises:
-        ValueError: the output head would be wrapped, or the method prepends virtual tokens.
+        ValueError: the output head would be wrapped, the method prepends virtual tokens, or it has no targets and needs
+            other layers.
     """
     if peft_config.is_prompt_learning:
         raise ValueError(
@@ -134,7 +155,10 @@ def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> Pef
     if not hasattr(peft_config, "target_modules"):
         return peft_config
     unset = peft_config.target_modules is None and not getattr(peft_config, "target_parameters", None)
-    if unset and _takes_linear_layers(peft_config):
+    needs = _needs(peft_config)
+    if unset and needs == "other":
+        _refuse_missing_targets(model, peft_config)
+    if unset and needs == "linear":
         peft_config = copy.copy(peft_config)
         peft_config.target_modules = family_of(model.config).lora_target_modules
     targets = peft_config.target_modules

@@ -17,7 +17,7 @@ from accelerate.utils import is_peft_model
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..checks.datasets import check_datasets
-from ..checks.inputs import check_arguments, check_models, check_same_vocabulary, require_trainable
+from ..checks.inputs import check_arguments, check_models, check_placed, check_same_vocabulary, require_trainable
 from ..checks.numbers import FiniteGradients, naming_the_example
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.positions import position_limit
@@ -108,9 +108,12 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         self._adapter_dtype = args.adapter_dtype
         self._ready_adapter: ReadyAdapter | None = None
         self._reference_is_given = ref_model is not None
+        if ref_model is not None:
+            check_placed(ref_model, "ref_model")
         if isinstance(model, str):  # checked when it is loaded
             options = loading_options(args)
             return ref_model, tokenizer or load_tokenizer(find_model(model, options), options)
+        check_placed(model, "model")
         check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
         self._ready_adapter = take_over(model, args.adapter_dtype)
         needed = ref_model is None and self._has_reference
@@ -147,6 +150,7 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
 
     def _load_model(self, path: str, **kwargs: Any) -> Any:
         model = load_model(find_model(path, kwargs), kwargs)
+        check_placed(model, "model")
         self._go_by(model)  # tried when it gets its head: its tokenizer, which may name the mask, is not there yet
         self._ready_adapter = take_over(model, self._adapter_dtype)
         return model
