@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 
 import elbo_kto_lora
@@ -16,7 +17,10 @@ import vrpo_lora
 import word_problems as task
 from conftest import make_model, make_pairs, make_tokenizer
 from test_kto import make_feedback
+from transformers import TrainingArguments
 
+from trl_diffusion.checks.options import REFUSED
+from trl_diffusion.cli.parser import _MOST_USED
 from trl_diffusion.trainers.arguments import ELBOArguments
 
 SCRIPTS = {"vrpo_lora": (vrpo_lora, make_pairs), "elbo_kto_lora": (elbo_kto_lora, make_feedback)}
@@ -112,20 +116,36 @@ def test_missing_data_is_named(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "diagnose_variance"])
 def test_help_has_our_options_first_and_each_option_once(name):
+    """Those of transformers only where all are asked for, but for the most used; what is refused is not offered."""
     parser = importlib.import_module(name).make_parser()
-    text = parser.format_help()
-    titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
-    assert titles == [
-        *("Of this package", "Model and adapter (TRL)", "Data (TRL)"),
-        *("Preference optimisation (TRL)", "Training (transformers)"),
-    ]
-    listed = re.findall(r"^  --(\w+)", text, re.MULTILINE)
-    assert len(set(listed)) == len(listed)
-    assert set(listed) == {action.dest for action in parser._actions} - {"help"}
-    ours = text[: text.index("Model and adapter (TRL):")]
+    texts = parser.format_help(), parser.format_help(everything=True)
+    for text in texts:
+        titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+        assert titles == [
+            *("Of this package", "Model and adapter (TRL)", "Data (TRL)"),
+            *("Preference optimisation (TRL)", "Training (transformers)"),
+        ]
+    short, everything = (re.findall(r"^  --([\w-]+)", text, re.MULTILINE) for text in texts)
+    assert len(set(everything)) == len(everything)
+    assert set(everything) == {action.dest for action in parser._actions} - {"help", SUPPRESS} - {*REFUSED} | {
+        "help-all"
+    }
+    assert [option for option in everything if option in short] == short
+    of_transformers = {field.name for field in dataclasses.fields(TrainingArguments)} - {*REFUSED}
+    assert set(short) == set(everything) - of_transformers | {*_MOST_USED}
+    ours = texts[0][: texts[0].index("Model and adapter (TRL):")]
     for option in {field.name for field in dataclasses.fields(ELBOArguments)}:
         assert f"\n  --{option} " in ours
     assert "--learning_rate" not in ours and "--beta" not in ours and "--dtype" not in ours
+
+
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_help_is_printed(capsys, option):
+    with pytest.raises(SystemExit, match="0"):
+        vrpo_lora.make_parser().parse_args_and_config([option])
+    printed = capsys.readouterr().out
+    assert "`--help-all` lists all." in " ".join(printed.split())
+    assert ("--adam_beta1 X" in printed) == (option == "--help-all") and "--num_mc_samples N" in printed
 
 
 @pytest.mark.parametrize("quantised, dtype", [(True, "bfloat16"), (False, "float32")])

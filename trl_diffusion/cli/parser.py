@@ -6,18 +6,26 @@ Options that are wrong are a message and exit code 2, before anything is loaded.
 
 import dataclasses
 import sys
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from yaml import YAMLError
 
+from ..checks.options import REFUSED
 from ..scoring.door import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 _OURS = "Of this package"
 _BY_CLASS = {ModelConfig: "Model and adapter (TRL)", ScriptArguments: "Data (TRL)", DatasetMixtureConfig: "Data (TRL)"}
 _BY_LIBRARY = {"trl": "Preference optimisation (TRL)", "transformers": "Training (transformers)"}
+_TRAINING = _BY_LIBRARY["transformers"]
+# Of the hundreds of transformers, those that most runs set: the others are listed by `--help-all`
+_MOST_USED = (
+    *("output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "bf16", "use_cpu", "seed", "logging_steps"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "resume_from_checkpoint", "report_to"),
+)
 _SECTIONS = (_OURS, *dict.fromkeys(_BY_CLASS.values()), *_BY_LIBRARY.values())
 
 
@@ -35,10 +43,13 @@ class OptionParser(TrlParser):
             allow_abbrev=False,
             usage="%(prog)s [--config FILE.yaml] [--option value ...]",
             description="Options may stand in the YAML file too; those of the command line take precedence. What is "
-            "True by default is turned off by `--option False` or `--no_option`.",
+            "True by default is turned off by `--option False` or `--no_option`. Of the options of transformers the "
+            "most used are listed; `--help-all` lists all.",
+            formatter_class=_OneName,
         )
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, dest=SUPPRESS, help="show all options and exit")
         for action in self._actions:
-            if action.option_strings[0].startswith("--no_"):
+            if action.option_strings[0].startswith("--no_") or action.dest in REFUSED:
                 action.help = SUPPRESS
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *more: Any, **options: Any) -> tuple[Any, ...]:
@@ -77,27 +88,48 @@ class OptionParser(TrlParser):
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2)
 
-    def format_help(self) -> str:
-        """Our options, then TRL's, then transformers'."""
+    def format_help(self, everything: bool = False) -> str:
+        """Our options, then TRL's, then of transformers' the most used, or all."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, ())
         formatter.add_text(self.description)
         sections = self._sections()
         for title in _SECTIONS:
+            shown = [action for action in self._actions if sections[action.dest] == title]
+            if title == _TRAINING and not everything:
+                shown = [action for action in shown if action.dest in _MOST_USED]
             formatter.start_section(title)
-            formatter.add_arguments([action for action in self._actions if sections[action.dest] == title])
+            formatter.add_arguments(shown)
             formatter.end_section()
         return formatter.format_help()
 
     def _sections(self) -> dict[str, str]:
         """By option, its section: that of the class that introduced it, whoever changed its default."""
-        sections = {"help": _OURS}
+        sections = {"help": _OURS, SUPPRESS: _OURS}
         for kind in self.dataclass_types:
             for field in dataclasses.fields(kind):
                 owner = next(c for c in reversed(kind.__mro__) if field.name in getattr(c, "__dataclass_fields__", ()))
                 library = _BY_LIBRARY.get(owner.__module__.split(".")[0], _OURS)
                 sections[field.name] = _BY_CLASS.get(owner, library)
         return sections
+
+
+class _HelpAll(Action):
+    def __call__(self, parser: Any, *_: Any) -> NoReturn:
+        print(parser.format_help(everything=True), end="")
+        raise SystemExit(0)
+
+
+class _OneName(ArgumentDefaultsHelpFormatter):
+    """Each option by one of its two spellings, and its value by its kind."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")] or action.option_strings
+        value = "" if action.nargs == 0 else self._format_args(action, self._kind(action))
+        return f"{', '.join(names)} {value}".rstrip()
+
+    def _kind(self, action: Action) -> str:
+        return "N" if action.type is int else "X" if action.type is float else "VALUE"
 
 
 def _config_and_file(argument: str) -> list[str]:
