@@ -24,11 +24,15 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 LN2 = torch.tensor(2.0).log().item()  # in float32, as a loss is
 # By script: its rows, and the loss that it starts at
 SCRIPTS = {"vrpo_lora": (vrpo_lora, make_pairs, LN2), "elbo_kto_lora": (elbo_kto_lora, make_feedback, 0.5)}
-# By the launch: the file, the script, what it is told
+# By the launch: the file, the script, what it is told. DeepSpeed makes one step: the engine that scored the reference
+# gathers weights in training too, and more steps take long
 LAUNCHES = {
     "ddp": ("multi_gpu", "vrpo_lora", ["--use_peft", "--use_cpu"]),
     "fsdp2": ("fsdp2", "elbo_kto_lora", ["--use_cpu"]),
-    "zero3": ("zero3", "vrpo_lora", ["--use_peft", "--precompute_ref_log_probs", "--ddp_backend", "gloo"]),
+    "zero3": (
+        *("zero3", "vrpo_lora"),
+        ["--use_peft", "--precompute_ref_log_probs", "--ddp_backend", "gloo", "--max_steps", "1"],
+    ),
 }
 # By file, the launch in the matrix that it stands for
 FILES = {
@@ -113,5 +117,6 @@ def test_launched_examples_equal_one_process(folder, launch):
     expected, logged = logged_in(folder / "one"), logged_in(folder / "two")
     assert [entries[0]["loss"] for entries in (expected, logged)] == [start, start]
     scores = sum(abs(value) for key, value in expected[0].items() if key.startswith("logps/"))
-    assert logged[1]["loss"] == pytest.approx(expected[1]["loss"], abs=BETA * scores * 2**-8)
+    for entry, wanted in zip(logged[1:], expected[1:], strict=False):
+        assert entry["loss"] == pytest.approx(wanted["loss"], abs=BETA * scores * 2**-8)
     assert expected[1]["loss"] != start

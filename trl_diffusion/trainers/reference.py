@@ -104,7 +104,6 @@ class ReferenceMixin(_TRLTrainer):
         for draw_set in range(number):
             label = name if number == 1 else f"{name} (draws {draw_set + 1} of {number})"
             sets.append(self._score_set(dataset, label, batch_size, draw_set))
-        self._let_go_of_the_engine()
         columns = {column: np.stack([values[column] for values in sets], axis=1) for column in sets[0]}
         if number == 1:
             columns = {column: values[:, 0] for column, values in columns.items()}
@@ -155,12 +154,6 @@ class ReferenceMixin(_TRLTrainer):
                 self._reference_engine = prepare_deepspeed(self.model, self.accelerator)
             return self._reference_engine
         return self.ref_model or self.model
-
-    def _let_go_of_the_engine(self) -> None:
-        """Or every layer would gather its weights twice in training: for the engine of that, and for this one."""
-        if self._reference_engine is not None:
-            self._reference_engine.destroy()
-            self._reference_engine = None
 
     def _key_of(self, part: Dataset, draw_set: int) -> str:
         """What the values of some rows depend on; empty where it cannot be told, the weights being spread (ZeRO-3)."""
