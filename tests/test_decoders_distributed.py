@@ -4,11 +4,13 @@ names, and where its head is its embedding.
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_pairs
 from datasets import load_from_disk
+from encoders import make_encoder
 from peft import LoraConfig
 from processes import run_forked
 from test_decoders import FOLDERS
@@ -18,13 +20,17 @@ from test_trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 
-# All weights, with a tied head; adapters, with shifted logits, a tied head, and on experts that not every token meets
+# All weights, with tied heads; adapters, with shifted logits, a tied head, on experts that not every token meets, on an
+# encoder
 CELLS = {
-    "iLLaDA": None,
-    "Dream": LoraConfig(r=4),
-    "A2D-Qwen3": LoraConfig(r=4),
-    "Nemotron": LoraConfig(r=4),
-    "LLaDA-MoE": LoraConfig(r=4, target_modules=EVERYWHERE),
+    "iLLaDA": (FOLDERS["iLLaDA"].model, None),
+    "Dream": (FOLDERS["Dream"].model, LoraConfig(r=4)),
+    "A2D-Qwen3": (FOLDERS["A2D-Qwen3"].model, LoraConfig(r=4)),
+    "Nemotron": (FOLDERS["Nemotron"].model, LoraConfig(r=4)),
+    "LLaDA-MoE": (FOLDERS["LLaDA-MoE"].model, LoraConfig(r=4, target_modules=EVERYWHERE)),
+    "bert": (partial(make_encoder, "bert", mask_token_id=2), None),
+    "distilbert": (partial(make_encoder, "distilbert", mask_token_id=2), None),
+    "modernbert": (partial(make_encoder, "modernbert", mask_token_id=2), LoraConfig(r=4)),
 }
 # Which layers are wrapped is then what the model says
 BY_THE_MODEL = {name: value for name, value in FSDP.items() if name != "FSDP_TRANSFORMER_CLS_TO_WRAP"}
@@ -32,10 +38,12 @@ BY_THE_MODEL = {name: value for name, value in FSDP.items() if name != "FSDP_TRA
 
 def train_cells(folder, processes, sharded):
     with fsdp_on_the_cpu() if sharded else nullcontext():
-        for name, adapter in CELLS.items():
+        for name, (make, adapter) in CELLS.items():
+            if sharded and name == "bert":
+                continue
             options = {**COMMON, "per_device_train_batch_size": 4 // processes}
             rows = load_from_disk(str(folder / "rows"))
-            trainer = make_trainer(folder / "out", FOLDERS[name].model(), dataset=rows, peft_config=adapter, **options)
+            trainer = make_trainer(folder / "out", make(), dataset=rows, peft_config=adapter, **options)
             trainer.train()
             result = outcome(trainer)
             if trainer.is_world_process_zero():
@@ -57,5 +65,19 @@ def test_two_processes_equal_one(on_one, sharded):
     environment = BY_THE_MODEL if sharded else {}
     codes = run_forked(train_cells, on_one, 2, sharded, processes=2, folder=on_one, environment=environment)
     assert codes == [0, 0], logs(on_one)
-    for name in CELLS:
+    for name in CELLS if not sharded else CELLS.keys() - {"bert"}:
         assert_the_same(on_one, name, 2)
+
+
+def refused_by_fsdp(folder):
+    with (
+        fsdp_on_the_cpu(),
+        pytest.raises(ValueError, match=r"`cls.predictions.decoder.bias` and `cls.predictions.bias`"),
+    ):
+        make_trainer(folder / "out", CELLS["bert"][0]())
+
+
+def test_a_bias_that_is_there_twice_is_no_weight_for_fsdp(tmp_path):
+    """torch would find it when training begins."""
+    codes = run_forked(refused_by_fsdp, tmp_path, processes=2, folder=tmp_path, environment=BY_THE_MODEL)
+    assert codes == [0, 0], logs(tmp_path)

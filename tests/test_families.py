@@ -6,17 +6,17 @@ Every family is asked the same questions: a row in `ROWS` is all that a new one 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import HUB_TEMPLATE, make_model, make_tokenizer
+from encoders import make_encoder
 from test_decoders import FOLDERS
 from test_generation import PROMPTS, naive_response
 from test_head import gradients, make_batch, scored
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
     BertModel,
     CohereConfig,
     CohereForCausalLM,
@@ -32,6 +32,7 @@ from trl_diffusion.models import families
 from trl_diffusion.models.chat_template import use_training_template
 from trl_diffusion.models.decoders.family import DECODERS
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
+from trl_diffusion.models.encoders import ENCODERS
 from trl_diffusion.models.families import FAMILIES, family_of, refuse_unscored
 from trl_diffusion.models.family import Blocks, Family, Head
 from trl_diffusion.models.llada.family import LLADA
@@ -68,13 +69,6 @@ def make_scaled():
     return CohereForCausalLM(config).eval()
 
 
-def make_bert(**overrides):
-    torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**SIZES, mask_token_id=2, pad_token_id=0, initializer_range=0.2, **overrides))
-    torch.nn.init.normal_(model.get_output_embeddings().bias)
-    return model.eval()
-
-
 @dataclass(frozen=True)
 class Row:
     """
@@ -93,7 +87,8 @@ class Row:
     shift: int = 0
 
 
-BERT = Family(name="BERT", model_types=("bert",), head=Head(transform="cls.predictions.transform"))
+# Learnt positions count from the left: BERT's. RoBERTa counts tokens that are no padding
+PAD_LEFT = ("modernbert", "roberta")
 ROWS = {
     "LLaDA": Row(make_model),
     "no literal": Row(make_llama),
@@ -104,7 +99,10 @@ ROWS = {
         make_capped, Family(name="cap", model_types=("gemma2",), head=Head(soft_cap="final_logit_softcapping"))
     ),
     "scale": Row(make_scaled, Family(name="scale", model_types=("cohere",), head=Head(scale="logit_scale"))),
-    "BERT": Row(make_bert, BERT, pads_left=False),  # learnt positions count from the left
+    **{
+        name: Row(partial(make_encoder, name, vocab_size=30, mask_token_id=2), pads_left=name in PAD_LEFT)
+        for name in ("bert", "roberta", "distilbert", "electra", "modernbert")
+    },
 }
 
 
@@ -135,7 +133,7 @@ def in_place(model, shift):
 def test_a_family_is_found_and_its_model_is_accepted(row):
     model = row.make()
     family = family_of(model.config)
-    assert family is row.literal if row.literal else family in (LLADA, *DECODERS, Family())
+    assert family is row.literal if row.literal else family in (LLADA, *DECODERS, *ENCODERS, Family())
     check_denoiser(model, 2)
 
 
@@ -228,6 +226,7 @@ OTHERWISE = {
     "end_of_turn": ("x",),
     "append_eos": False,
     "training_chat_template": "x",
+    "chat_template": "x",
     "lora_target_modules": "x",
     "unquantized": ("x",),
     "sampling": (("steps", 3),),
@@ -270,7 +269,7 @@ def test_a_family_with_another_elbo_is_refused_by_name(config, message):
 def test_a_family_may_know_the_mask_token_that_nothing_else_names(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", [Family(model_types=("llada",), mask_token_id=5)])
     unnamed, named = make_model(mask_token_id=None), make_model(mask_token_id=2)
-    assert resolve_mask_token_id(unnamed.config, make_tokenizer()) == 5
+    assert resolve_mask_token_id(unnamed.config) == 5
     assert resolve_mask_token_id(named.config, make_tokenizer()) == 2
     arguments = {"max_new_tokens": 4, "mask_token_id": 5}
     ids = torch.tensor([[7, 8, 9]])
@@ -427,14 +426,22 @@ def test_attention_is_tried_and_not_believed(mask_token_id):
         check_denoiser(make_llama(is_causal=True, mask_token_id=mask_token_id), mask_token_id)
 
 
-def test_logits_that_are_not_the_head_of_the_last_hidden_state_are_refused():
+def test_logits_that_are_not_the_head_of_the_last_hidden_state_are_refused(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", [])
     with pytest.raises(ValueError, match="not its output head applied to the last hidden state"):
-        check_denoiser(make_bert(), 2)
+        check_denoiser(make_encoder("bert"), 2)
+
+
+def test_a_step_of_the_head_that_is_not_there_is_named(monkeypatch):
+    wrong = Family(name="Mine", model_types=("bert",), head=Head(("cls.predictions.transforms",)))
+    monkeypatch.setattr(families, "FAMILIES", [wrong])
+    with pytest.raises(ValueError, match=r"`cls.predictions.transforms` in .* of Mine is neither .*named_modules"):
+        check_denoiser(make_encoder("bert"), 2)
 
 
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="`BertModel` has no output head"):
-        check_denoiser(BertModel(make_bert().config), 2)
+        check_denoiser(BertModel(make_encoder("bert").config), 2)
     with pytest.raises(ValueError, match="`LLaDAModel` has no output head"):
         check_denoiser(make_model().model, 2)
 

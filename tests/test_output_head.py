@@ -11,7 +11,7 @@ from accelerate import cpu_offload, disk_offload
 from conftest import make_model
 from counters import LiveBytes
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from test_families import assert_same_gradients, make_bert
+from test_families import assert_same_gradients, make_llama
 from test_head import gradients, make_batch, scored
 from test_trainers import make_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -87,7 +87,7 @@ def test_a_family_spares_its_head_whatever_list_is_given(checkpoint, bits):
     quantised = {name for name, module in model.named_modules() if "bit" in type(module).__name__}
     assert len(quantised) == 14  # every linear layer of the blocks, `ff_out` among them
     assert given.llm_int8_skip_modules == ["wte"]  # the user's own is as it was
-    assert spare_in_quantization(given, make_bert().config) is given
+    assert spare_in_quantization(given, make_llama().config) is given
 
 
 @pytest.mark.parametrize("adapter", ADAPTED)

@@ -12,6 +12,7 @@ from ._after_import import after_import, register_configurations
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .checks.family import FamilyReport, check_family
     from .diagnosis.diagnose import diagnose_variance
     from .diagnosis.report import VarianceReport
     from .estimators.control_variate import ControlVariate
@@ -36,12 +37,14 @@ _HOMES = {
     "ELBO": "estimators.elbo",
     "ELBOKTOConfig": "trainers.elbo_kto.config",
     "ELBOKTOTrainer": "trainers.elbo_kto.trainer",
+    "FamilyReport": "checks.family",
     "LLaDAConfig": "models",
     "LLaDAModelLM": "models",
     "MaskDraws": "estimators.draws",
     "MaskSampler": "estimators.draws",
     "MemoryEstimate": "planning.memory",
     "VarianceReport": "diagnosis.report",
+    "check_family": "checks.family",
     "diagnose_variance": "diagnosis.diagnose",
     "draw_masks": "estimators.draws",
     "elbo": "estimators.elbo",
@@ -58,6 +61,7 @@ __all__ = [
     "DiffusionVRPOTrainer",
     "ELBOKTOConfig",
     "ELBOKTOTrainer",
+    "FamilyReport",
     "LLaDAConfig",
     "LLaDAModelLM",
     "MaskDraws",
@@ -65,6 +69,7 @@ __all__ = [
     "MemoryEstimate",
     "VarianceReport",
     "__version__",
+    "check_family",
     "diagnose_variance",
     "draw_masks",
     "elbo",

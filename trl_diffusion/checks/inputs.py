@@ -107,6 +107,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
             )
 
 
+def refuse_unknown_token(token: int, vocab_size: int) -> None:
+    """Refuse a token that the model has no row for."""
+    if token >= vocab_size:
+        raise ValueError(
+            f"The tokenizer makes the token {token}, and the model's vocabulary has {vocab_size} tokens. Use the "
+            "tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))`."
+        )
+
+
 def require_trainable(model: Any) -> None:
     """Refuse to train a model of which no weight would change."""
     if not any(parameter.requires_grad for parameter in model.parameters()):

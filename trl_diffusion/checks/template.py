@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..models.chat_template import leaves_turns_open
 from .findings import Finding, Verdict
 from .rows import RowForm, Turns, parsed
 
@@ -20,6 +21,15 @@ _CURE = (
     "Set `tokenizer.chat_template` to one that writes it, or take it out of the rows with `dataset.map` if it is not "
     "meant to be seen."
 )
+
+
+def refuse_open_turns(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that opens an assistant turn after every conversation."""
+    if leaves_turns_open(tokenizer):
+        raise ValueError(
+            "The tokenizer's chat template opens an assistant turn after every conversation, which would end every "
+            "completion. Set `tokenizer.chat_template` to one that does so only with `add_generation_prompt=True`."
+        )
 
 
 @dataclass(frozen=True)

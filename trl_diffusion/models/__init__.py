@@ -18,9 +18,10 @@ from .decoders.configuration import (
     ILLaDAConfig,
     LLaDAMoEConfig,
 )
+from .decoders.family import DECODERS
 from .decoders.nemotron import NemotronLabsDiffusionConfig
-from .families import FAMILIES
 from .llada.configuration_llada import LLaDAConfig
+from .llada.family import LLADA
 from .llada.modeling_llada import LLaDAModel, LLaDAModelLM
 
 LLaDAConfig.with_experts = LLaDAMoEConfig
@@ -34,7 +35,7 @@ register()
 def _tell_peft(constants: Any) -> None:
     """Default targets of LoRA, where PEFT has those of the model types that it knows; the trainers need no telling."""
     targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    for family in (family for family in FAMILIES if family.auto_class):  # those with classes here
+    for family in (family for family in (LLADA, *DECODERS) if family.auto_class):  # those with classes here
         for name in family.model_types:
             before, own = targets.get(name, ""), family.lora_target_modules
             targets[name] = f"{before}|{own}" if ".*" in before else own  # two families of one `model_type`: patterns

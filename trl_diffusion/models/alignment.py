@@ -1,49 +1,103 @@
 """Whether the logits of a model predict the tokens that its family says, tried on text that it is to learn from."""
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from .denoiser import evaluating, is_elsewhere
 from .families import family_of
+from .trying import evaluating, is_elsewhere
 
+Rows = Iterable[tuple[Sequence[int], Sequence[int]]]
 _ROWS, _LONGEST, _FEWEST = 4, 192, 8  # rows that are tried, tokens of each, and hidden ones that say something
+_ERRORS = 5  # standard errors: a verdict is no accident
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """
+    What hidden tokens cost under both alignments.
+
+    Args:
+        nats: `(2, n)` negative log-probabilities of n tokens: from the logits at them, and from those before them.
+        shift: which of the two is the family's.
+        vocab_size: of the model.
+    """
+
+    nats: torch.Tensor
+    shift: int
+    vocab_size: int
+
+    @property
+    def ours(self) -> torch.Tensor:
+        """`(n,)` where the family has them."""
+        return self.nats[self.shift]
+
+    @property
+    def other(self) -> torch.Tensor:
+        """`(n,)` where it has not."""
+        return self.nats[1 - self.shift]
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the other alignment has less than half of the nats. Not where numbers are not finite."""
+        return self._less(self.other, self.ours) and bool(2 * self.other.mean() < self.ours.mean())
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the family's has less than half of the nats."""
+        return self._less(self.ours, self.other) and bool(2 * self.ours.mean() < self.other.mean())
+
+    @property
+    def is_worse_than_guessing(self) -> bool:
+        """Whether tokens cost more than a choice among all tokens, and a nat: of those that another tokenizer makes."""
+        least = self.nats[int(self.nats.mean(1).argmin())]
+        return self._less(torch.full_like(least, math.log(self.vocab_size) + 1), least)
+
+    def _less(self, some: torch.Tensor, than: torch.Tensor) -> bool:
+        gain = than - some
+        return len(gain) >= _FEWEST and bool(gain.mean() > _ERRORS * gain.std() / len(gain) ** 0.5)
 
 
 @torch.no_grad()
-def check_shift(
-    model: PreTrainedModel, rows: Iterable[tuple[Sequence[int], Sequence[int]]], mask_token_id: int
-) -> None:
+def try_alignment(model: PreTrainedModel, rows: Rows, mask_token_id: int) -> Alignment | None:
     """
-    Refuse a model that predicts hidden tokens elsewhere than its family says.
-
-    Every other token of a few responses is hidden, and predicted from the logits of both alignments. Only a verdict
-    that is no accident counts: the other one has less than half of the nats, by five standard errors. A model that has
-    learnt nothing is not refused.
+    Hide every other token of a few responses, and predict them from the logits of both alignments.
 
     Args:
         model: with its adapters.
         rows: token ids of prompts and responses.
         mask_token_id: the mask token.
 
+    Returns:
+        None if the weights are not here.
+    """
+    if is_elsewhere(model):
+        return None
+    with evaluating(model):
+        nats = [_nats(model, *row, mask_token_id) for _, row in zip(range(_ROWS), rows, strict=False)]
+    found = torch.cat(nats, dim=1) if nats else torch.zeros(2, 0)
+    return Alignment(found, family_of(model.config).logit_shift, model.config.vocab_size)
+
+
+def check_shift(model: PreTrainedModel, rows: Rows, mask_token_id: int) -> Alignment | None:
+    """
+    Refuse a model that predicts hidden tokens elsewhere than its family says, see [`try_alignment`].
+
+    Only a verdict that is no accident counts: the other alignment has less than half of the nats, by five standard
+    errors. A model that has learnt nothing is not refused.
+
     Raises:
         ValueError: the logits stand elsewhere.
     """
-    if is_elsewhere(model):
-        return
-    family = family_of(model.config)
-    with evaluating(model):
-        nats = [_nats(model, *row, mask_token_id) for _, row in zip(range(_ROWS), rows, strict=False)]
-    aligned, shifted = torch.cat(nats, dim=1) if nats else torch.zeros(2, 0)
-    ours, other = (shifted, aligned) if family.logit_shift else (aligned, shifted)
-    gain = ours - other
-    certain = len(gain) >= _FEWEST and gain.mean() > 5 * gain.std() / len(gain) ** 0.5
-    if not (certain and 2 * other.mean() < ours.mean()):  # also where they are not finite, of which others tell
-        return
+    found, family = try_alignment(model, rows, mask_token_id), family_of(model.config)
+    if found is None or not found.is_wrong:
+        return found
     raise ValueError(
-        f"Hidden tokens of the training data cost this model {ours.mean():.2f} nats each where its family "
-        f"({family.name}, `logit_shift={family.logit_shift}`) puts their logits, and {other.mean():.2f} with "
+        f"Hidden tokens of the text cost this model {found.ours.mean():.2f} nats each where its family "
+        f"({family.name}, `logit_shift={family.logit_shift}`) puts their logits, and {found.other.mean():.2f} with "
         f"`logit_shift={1 - family.logit_shift}`. Either `model_type={model.config.model_type!r}` is not its family, "
         "see docs/adding-a-model.md for one of your own, or these are weights of an autoregressive model, which "
         "predicts the next token and has no ELBO."

@@ -25,6 +25,14 @@ def leaves_turns_open(tokenizer: PreTrainedTokenizerBase) -> bool:
     return after_answer.strip() == before_answer.strip() != before_question.strip()
 
 
+def give_chat_template(tokenizer: PreTrainedTokenizerBase, family: Family) -> bool:
+    """Give a tokenizer that has no chat template the one of the family. Returns whether it was given one."""
+    if tokenizer.chat_template is not None or family.chat_template is None:
+        return False
+    tokenizer.chat_template = family.chat_template
+    return True
+
+
 def use_training_template(tokenizer: PreTrainedTokenizerBase, family: Family) -> bool:
     """
     Replace a chat template that opens an assistant turn when not asked to. Returns whether it was replaced.

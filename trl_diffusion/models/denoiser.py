@@ -1,13 +1,13 @@
 """Whether a model can be scored as a masked diffusion model: its mask token, its attention and its head, tried."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .causality import check_attention
 from .families import family_of, refuse_unscored
 from .logits import acts_by_its_weight, hidden_states, logits_of, logits_of_weight, transformed
+from .switches import refuse_switches
+from .trying import evaluating, is_elsewhere, trial_tokens
 
 
 def resolve_mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
@@ -71,27 +71,22 @@ def _refuse_words(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None)
             f"model. {cure}"
         )
     name = str(tokenizer.convert_ids_to_tokens(mask_token_id))
-    special = mask_token_id in tokenizer.added_tokens_decoder or mask_token_id in tokenizer.all_special_ids
-    if not special and "mask" not in name.lower():
+    if "mask" in name.lower():
+        return
+    if mask_token_id not in tokenizer.added_tokens_decoder and mask_token_id not in tokenizer.all_special_ids:
         raise ValueError(
             f"The mask token is {mask_token_id}, which is {name!r} for the tokenizer, an ordinary token: it would be "
             f"taken for noise wherever it stands. {cure}"
         )
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
+    better = sorted(token for token in special if "mask" in token.lower())
+    if better:
+        raise ValueError(
+            f"The mask token is {mask_token_id}, which is {name!r} for the tokenizer, and the tokenizer has "
+            f"{better[0]!r}. {cure}"
+        )
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@torch.no_grad()
 def check_denoiser(model: PreTrainedModel, mask_token_id: int) -> None:
     """
     Refuse a model that cannot be scored as a masked diffusion model, by trying it on eight tokens.
@@ -100,50 +95,37 @@ def check_denoiser(model: PreTrainedModel, mask_token_id: int) -> None:
         ValueError: its family has another ELBO, attention is causal, or the logits are not what the family says of the
             last hidden state.
     """
+    check_parts(model)
+    if not is_elsewhere(model):
+        check_head(model, mask_token_id)
+        check_attention(model, mask_token_id)
+
+
+def check_parts(model: PreTrainedModel) -> None:
+    """Refuse a family that cannot be scored, a configuration that its class does not honour, and a missing head."""
     refuse_unscored(model.config)
-    head, name = model.get_output_embeddings(), type(model).__name__
-    if head is None or model.base_model is model:
-        raise ValueError(f"`{name}` has no output head over a backbone, so it has no token log-probabilities.")
-    if is_elsewhere(model):
-        return
-    tokens = _trial_tokens(model, mask_token_id)
-    changed = tokens.clone()
-    changed[:, -1] = mask_token_id
-    with evaluating(model):
-        logits, after_change = (model(input_ids=ids).logits.float() for ids in (tokens, changed))
-        hidden = hidden_states(model, tokens)
-        _check_logits(model, hidden, logits)
-    if torch.equal(logits[:, 0], after_change[:, 0]):
+    refuse_switches(model.config)
+    if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(
-            f"`{name}` attends causally: its prediction for the first token does not change with the last. Masked "
-            "diffusion models see both sides; for a Llama-like architecture set `model.config.is_causal = False`. An "
-            "autoregressive model has a likelihood and no ELBO: `trl.DPOTrainer` and `trl.KTOTrainer` are for it."
+            f"`{type(model).__name__}` has no output head over a backbone, so it has no token log-probabilities."
         )
 
 
-def is_elsewhere(model: PreTrainedModel) -> bool:
-    """Whether weights are not here, and no hook of the layer brings them: on the meta device, or ZeRO-3's shards."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    weights = [getattr(layer, "weight", None) for layer in layers if "forward" not in vars(layer)]
-    return any(weight is not None and (weight.is_meta or weight.numel() == 0) for weight in weights)
-
-
-def _trial_tokens(model: PreTrainedModel, mask_token_id: int) -> torch.Tensor:
-    """`(1, 8)` different tokens, none of them the mask."""
-    device = model.get_input_embeddings().weight.device
-    tokens = (mask_token_id + 1 + torch.arange(8)).remainder(model.config.vocab_size).unsqueeze(0)
-    return tokens if device.type == "meta" else tokens.to(device)
-
-
-def _check_logits(model: PreTrainedModel, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+@torch.no_grad()
+def check_head(model: PreTrainedModel, mask_token_id: int) -> None:
     """Masked positions are scored alone, from their hidden states: that has to give what the whole model gives."""
     name, head = type(model).__name__, model.get_output_embeddings()
-    if not _close(logits_of(model, hidden), logits):
+    tokens = trial_tokens(model, mask_token_id)
+    with evaluating(model):
+        logits, hidden = model(input_ids=tokens).logits.float(), hidden_states(model, tokens)
+        called = logits_of(model, hidden)
+        multiplied = logits_of_weight(model, transformed(model, hidden)) if acts_by_its_weight(head) else logits
+    if not close(called, logits):
         raise ValueError(
             f"The logits of `{name}` are not its output head applied to the last hidden state, so masked positions "
             "cannot be scored alone. What lies between them is a fact of its family: see docs/adding-a-model.md."
         )
-    if acts_by_its_weight(head) and not _close(logits_of_weight(model, transformed(model, hidden)), logits):
+    if not close(multiplied, logits):
         raise ValueError(
             f"The output head of `{name}` is a `{type(head).__name__}` that does not answer with its input times its "
             "weight, so something else is hooked to it. Remove the hook, or put what it does into a `forward` of its "
@@ -151,5 +133,6 @@ def _check_logits(model: PreTrainedModel, hidden: torch.Tensor, logits: torch.Te
         )
 
 
-def _close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(logits.to(expected.device).float(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+def close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits are the same up to the rounding of another order of computation."""
+    return torch.allclose(logits.to(expected.device).float(), expected.float(), rtol=1e-3, atol=1e-3, equal_nan=True)

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from .decoders.family import DECODERS
+from .encoders import ENCODERS
 from .family import Blocks, Family
 from .llada.family import LLADA
 
@@ -48,6 +49,7 @@ FAMILIES: list[Family] = [
         noise="edits",
     ),
     *DECODERS,  # after DreamReasoner, which is a Dream by its `model_type`
+    *ENCODERS,
 ]
 _DEFAULT = Family()
 _OTHER_NOISE = {
@@ -62,11 +64,24 @@ def family_of(config: PreTrainedConfig) -> Family:
     return next((family for family in FAMILIES if family.matches(config)), _DEFAULT)
 
 
-def class_to_load(config: PreTrainedConfig) -> type:
-    """The class whose `from_pretrained` loads a checkpoint: the family's, or the one that the configuration names."""
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    by_name = getattr(transformers, family_of(config).auto_class, None)
-    return by_name or next(filter(None, named), transformers.AutoModelForCausalLM)
+# Where a class of one's own is looked for
+_AUTO_CLASSES: tuple[Any, ...] = (
+    transformers.AutoModelForCausalLM,
+    transformers.AutoModelForMaskedLM,
+    transformers.AutoModel,
+)
+
+
+def class_to_load(config: PreTrainedConfig) -> Any:
+    """
+    The class whose `from_pretrained` loads a checkpoint: the family's, the one of transformers that the configuration
+    names, or the auto class that knows the configuration, best by the name that this has.
+    """
+    names = config.architectures or ()
+    by_name = [getattr(transformers, name, None) for name in (family_of(config).auto_class, *names)]
+    knowing = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
+    by_type = sorted(knowing, key=lambda auto: auto._model_mapping[type(config)].__name__ not in names)
+    return next(filter(None, (*by_name, *by_type)), transformers.AutoModelForCausalLM)
 
 
 def refuse_unscored(config: PreTrainedConfig) -> None:

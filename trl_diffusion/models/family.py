@@ -42,12 +42,13 @@ class Head:
     Whether the output embedding is a plain matrix is not a fact of the family, and is seen where it is used.
 
     Args:
-        transform: path of the module that hidden states pass first, from the model (BERT's prediction head).
+        transform: what hidden states pass first, in order: paths of modules, from the model, and names of activations
+            of transformers (`ACT2FN`) that are no modules, such as RoBERTa's "gelu".
         scale: field of the configuration that logits are multiplied with.
         soft_cap: field of the configuration with c in  logits -> c * tanh(logits / c),  which comes after the scale.
     """
 
-    transform: str = ""
+    transform: tuple[str, ...] = ()
     scale: str = ""
     soft_cap: str = ""
 
@@ -81,6 +82,7 @@ class Family:
         end_of_turn: tokens that end an assistant turn in the chat template.
         append_eos: whether the end of text follows the end of an assistant turn.
         training_chat_template: template to use in training if the tokenizer's own ignores `add_generation_prompt`.
+        chat_template: template for a tokenizer that has none.
         lora_target_modules: `target_modules` of a LoRA adapter that names none; the output head must not match.
         unquantized: names of modules that stay as they are when the rest is quantised.
         sampling: arguments of `generate` that are not the sampler's own defaults, as pairs.
@@ -100,6 +102,7 @@ class Family:
     end_of_turn: tuple[str, ...] = ()
     append_eos: bool = True
     training_chat_template: str | None = None
+    chat_template: str | None = None
     lora_target_modules: str = "all-linear"
     unquantized: tuple[str, ...] = ()
     sampling: tuple[tuple[str, Any], ...] = ()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from ..estimators.elbo import token_logits
 from .families import family_of
@@ -53,8 +54,22 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tens
 
 def transformed(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """What the output embedding is applied to; `hidden` itself in most families."""
-    path = family_of(model.config).head.transform
-    return model.get_submodule(path)(hidden) if path else hidden
+    for name in family_of(model.config).head.transform:
+        hidden = _step(model, name)(hidden)
+    return hidden
+
+
+def _step(model: PreTrainedModel, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        if name in ACT2FN:
+            return ACT2FN[name]
+        raise ValueError(
+            f"`{name}` in `Head(transform=...)` of {family_of(model.config).name} is neither a module of "
+            f"`{type(model).__name__}` nor an activation of transformers. Give the path from the model, as "
+            "`model.named_modules()` has it."
+        ) from error
 
 
 def finished(model: PreTrainedModel, projected: torch.Tensor) -> torch.Tensor:

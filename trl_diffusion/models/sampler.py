@@ -17,9 +17,10 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..estimators.hashing import hash_rows
-from .denoiser import evaluating
 from .families import family_of
+from .positions import counts_from_the_left
 from .sampler_arguments import Tokens, read_arguments
+from .trying import evaluating
 
 LOGITS_TILE = 2**24  # logits that are looked at together
 
@@ -59,7 +60,7 @@ def generate(
         inputs: `(B, P)` prompts; `input_ids` is accepted too. Prompts of different length are padded on the left.
         generation_config: as in transformers, with the arguments of [`SamplerArguments`] as attributes.
         attention_mask: `(B, P)`, one at real tokens. Needed when prompts are padded.
-        **kwargs: [`SamplerArguments`], `eos_token_id`, `pad_token_id` and `mask_token_id`.
+        **kwargs: [`SamplerArguments`], `eos_token_id`, `pad_token_id` and `mask_token_id`; `token_type_ids` of zeros.
 
     Returns:
         `(B * num_return_sequences, P + max_new_tokens)` prompts and responses. What follows the first end of text is
@@ -69,6 +70,7 @@ def generate(
         ValueError: an argument that this sampler does not have (beams, top-k, ...), or values that do not fit.
     """
     prompts = kwargs.pop("input_ids", None) if inputs is None else inputs
+    _check_segments(kwargs.pop("token_type_ids", None))
     attention_mask = _check_shapes(prompts, attention_mask)
     configs = (getattr(model, "generation_config", None), generation_config)
     arguments, tokens = read_arguments(model.config, configs, kwargs, prompts.shape[1])
@@ -83,6 +85,15 @@ def generate(
     with evaluating(model):
         sequences = _denoise(model, prompts, attention_mask, arguments, tokens)
     return GenerateDecoderOnlyOutput(sequences=sequences) if arguments.return_dict_in_generate else sequences
+
+
+def _check_segments(token_type_ids: torch.Tensor | None) -> None:
+    """Tokenizers of encoders give them unasked; a response is of the first segment, as in training."""
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise ValueError(
+            "`token_type_ids` has a second segment, and prompt and response are one: give the prompt to the tokenizer "
+            "as one text, not as a pair."
+        )
 
 
 def _check_shapes(prompts: Any, attention_mask: Any) -> torch.Tensor:
@@ -143,16 +154,29 @@ def _reveal_counts(block_size: int, steps: int) -> list[int]:
 def _block_logits(model, rows, attention_mask, prompt_length, block, arguments, tokens):
     """`(B, block, V)` logits, guided by the prompt if `cfg_scale` is set."""
     keep = family_of(model.config).predicting(torch.arange(*block, device=rows.device))
-    conditional = _logits_at(model, rows, attention_mask, keep)
+    conditional = logits_at(model, rows, attention_mask, keep)
     if arguments.cfg_scale == 0:
         return conditional
     prompt_masked = rows.clone()
     prompt_masked[:, :prompt_length] = tokens.mask
-    unconditional = _logits_at(model, prompt_masked, attention_mask, keep).float()
+    unconditional = logits_at(model, prompt_masked, attention_mask, keep).float()
     return conditional.float().sub_(unconditional).mul_(arguments.cfg_scale + 1).add_(unconditional)
 
 
-def _logits_at(model, rows, attention_mask, keep):
+def logits_at(model: Any, rows: torch.Tensor, attention_mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """`(B, n, V)` logits at the positions `keep` `(n,)` of rows that may be padded on the left."""
+    padding = (attention_mask == 0).sum(1)
+    if not counts_from_the_left(model) or not bool(padding.any()):
+        return _forward(model, rows, attention_mask, keep)
+    found: dict[int, torch.Tensor] = {}
+    for size in padding.unique().tolist():  # rows of one length at a time, without padding
+        together = (padding == size).nonzero().squeeze(1)
+        logits = _forward(model, rows[together, size:], attention_mask[together, size:], (keep - size).clamp(min=0))
+        found.update(zip(together.tolist(), logits, strict=True))
+    return torch.stack([found[row] for row in range(len(rows))])
+
+
+def _forward(model, rows, attention_mask, keep):
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(input_ids=rows, attention_mask=attention_mask, logits_to_keep=keep).logits
     return model(input_ids=rows, attention_mask=attention_mask).logits[:, keep]

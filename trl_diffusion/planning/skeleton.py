@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
+from ..models.families import class_to_load
 from ..scoring.adapters import with_fitting_targets
 
 # bitsandbytes' 4-bit format: weights per scale, scales per scale of scales, entries of the codes of both
@@ -26,7 +27,9 @@ def without_memory(
 ) -> torch.nn.Module:
     """The model on the meta device, quantised and with its adapter as when it is loaded."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        architecture = class_to_load(config)
+        build = getattr(architecture, "from_config", None) or architecture._from_config
+        model = build(copy.deepcopy(config), dtype=dtype)
         if quantization_config is not None:
             unquantised = model.dtype
             quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)

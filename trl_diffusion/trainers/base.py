@@ -32,7 +32,7 @@ from ..scoring.precision import cast_adapters, keep_differentiable
 from ..scoring.ready_adapter import ReadyAdapter, take_over
 from .coupling import CouplingWatch
 from .data import DataMixin
-from .loading import find_model, load_model, load_tokenizer, loading_options
+from .loading import completed, find_model, load_model, load_tokenizer, loading_options
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
 from .processes import ProcessesMixin
@@ -157,7 +157,7 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
 
     def _go_by(self, model: Any) -> Any:
         """Remember the configuration that draws and data go by; the model below its adapters."""
-        base = model.get_base_model() if is_peft_model(model) else model
+        base = completed(model.get_base_model() if is_peft_model(model) else model)
         self._model_config, self._max_positions = base.config, position_limit(base)
         keep_differentiable(base)
         return base

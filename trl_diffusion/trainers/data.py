@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.logging import get_logger
 from datasets import IterableDataset, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..checks.datasets import check_eval_dataset, form_of, unformatted
 from ..checks.findings import Judge, judge_row, judge_rows
 from ..checks.inputs import check_tokenizer
 from ..checks.rows import RowForm, RowForms
-from ..checks.template import Writing
-from ..models.chat_template import leaves_turns_open, use_training_template
+from ..checks.template import Writing, refuse_open_turns
+from ..models.chat_template import give_chat_template, use_training_template
 from ..models.denoiser import resolve_mask_token_id
+from ..models.end_of_text import use_end_of_text
 from ..models.families import family_of
+from ..models.family import Family
 from .tokens import NUMBER, TokenRules, scorable
 
 if TYPE_CHECKING:  # what the mixin is put in front of
@@ -44,15 +46,10 @@ class DataMixin(_TRLTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *others: Any) -> Any:
         tokenizer, family = self._tokenizer, family_of(self._model_config)
-        check_tokenizer(tokenizer, self._model_config)
-        if use_training_template(tokenizer, family):
-            logger.warning_once(
-                "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
-                "one that does so only with `add_generation_prompt=True`; the tokens are the same."
-            )
-        mask_token_id = resolve_mask_token_id(self._model_config, tokenizer)
-        where = {"name": others[-1], "num_proc": args.dataset_num_proc}
-        dataset, form = readable(dataset, tokenizer, self._row_forms, mask_token_id=mask_token_id, **where)
+        mask_token_id = prepare_tokenizer(tokenizer, self._model_config)
+        where: dict[str, Any] = {"name": others[-1], "num_proc": args.dataset_num_proc}
+        meaning: dict[str, Any] = {"family": family, "mask_token_id": mask_token_id}
+        dataset, form = readable(dataset, tokenizer, self._row_forms, **meaning, **where)
         dataset = super()._prepare_dataset(dataset, processing_class, without_length_filter(args), *others)
         rules = TokenRules(
             tokenizer,
@@ -79,11 +76,29 @@ class DataMixin(_TRLTrainer):
         return super().evaluate(eval_dataset, **kwargs)
 
 
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """
+    Have a tokenizer end texts and write conversations as the family of the model does. Returns the mask token.
+
+    Raises:
+        ValueError: the mask token is unclear, or the tokenizer has no end of text.
+    """
+    use_end_of_text(tokenizer)
+    check_tokenizer(tokenizer, config)
+    if use_training_template(tokenizer, family_of(config)):
+        logger.warning_once(
+            "The tokenizer's chat template opens an assistant turn after every conversation. It was replaced by "
+            "one that does so only with `add_generation_prompt=True`; the tokens are the same."
+        )
+    return resolve_mask_token_id(config, tokenizer)
+
+
 def readable(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     forms: RowForms,
     *,
+    family: Family,
     mask_token_id: int,
     name: str,
     num_proc: int | None = None,
@@ -95,6 +110,7 @@ def readable(
         dataset: rows as the user gave them.
         tokenizer: whose chat template will write conversations.
         forms: columns that a row must have, in one of these ways.
+        family: of the model.
         mask_token_id: the mask token.
         name: of the dataset, for messages.
         num_proc: number of processes.
@@ -105,16 +121,18 @@ def readable(
     """
     dataset = unformatted(dataset, name)
     form = form_of(dataset, name, forms)
+    if form.conversational and give_chat_template(tokenizer, family):
+        logger.warning_once(
+            f"The tokenizer has no chat template, and was given one for {family.name}: {tokenizer.chat_template!r}. "
+            "It is saved with the tokenizer. Set `tokenizer.chat_template` for another."
+        )
     if form.conversational and tokenizer.chat_template is None:
         raise ValueError(
             f"The {name} dataset is conversational, and the tokenizer has no chat template. Set "
             "`tokenizer.chat_template`, or give plain texts."
         )
-    if form.conversational and leaves_turns_open(tokenizer):
-        raise ValueError(
-            "The tokenizer's chat template opens an assistant turn after every conversation, which would end every "
-            "completion. Set `tokenizer.chat_template` to one that does so only with `add_generation_prompt=True`."
-        )
+    if form.conversational:
+        refuse_open_turns(tokenizer)
     judges = [Writing.of(tokenizer, form, mask_token_id)] if form.conversational else []
     if isinstance(dataset, IterableDataset):
         options = {"form": form, "judges": [form.judge, *judges], "name": name}

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..models.families import class_to_load, refuse_unscored, spare_in_quantization
+from ..models.whole import Whole
 from ..scoring.door import seam_function
 
 # Options of `from_pretrained` that say where a file is and how to get it
@@ -105,9 +106,24 @@ def load_model(source: Source, options: dict[str, Any]) -> Any:
         options["quantization_config"] = spare_in_quantization(options["quantization_config"], source.config)
     create = seam_function("trl.trainer.utils", "create_model_from_path")
     # TRL would look for the class without the options that lead to the configuration
-    model = create(source.base, architecture=class_to_load(source.config), **options)
+    model = create(source.base, architecture=Whole(class_to_load(source.config)), **options)
     if source.is_adapter:
         return PeftModel.from_pretrained(model, source.path, is_trainable=True, **source.finding)
+    return model
+
+
+def completed(model: Any) -> Any:
+    """
+    The model as TRL and accelerate count on it; encoders lack both.
+
+    It has a generation configuration, which TRL writes the padding token into. And what it says is not to be split,
+    which FSDP wraps, does not hold the embeddings of tokens, whose weight may be the head's.
+    """
+    if getattr(model, "generation_config", None) is None:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    embeddings = model.get_input_embeddings()
+    around = {type(module).__name__ for module in model.modules() if embeddings in module.children()}
+    model._no_split_modules = set(model._no_split_modules or ()) - around
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.end_of_text import added_tokens
 from ..models.families import family_of
 
 
@@ -43,6 +44,8 @@ def write_model_card(
         base_model=base_model,
         dataset_name=dataset_name,
         auto_class=_class_name(model),
+        conversational=trainer._tokenizer.chat_template is not None,
+        beginning=_beginning(trainer._tokenizer),
         estimator=trainer.args.describe_estimator(),
         trainer_name=trainer._name,
         paper_title=trainer._paper["title"],
@@ -52,6 +55,12 @@ def write_model_card(
     )
     folder.mkdir(parents=True, exist_ok=True)
     card.save(folder / "README.md")
+
+
+def _beginning(tokenizer: Any) -> str:
+    """What the tokenizer puts before a text, as a text: a prompt begins as in training, and does not end."""
+    before, _ = added_tokens(tokenizer)
+    return f"{tokenizer.decode(before)} " if before else ""
 
 
 def _class_name(model: Any) -> str:

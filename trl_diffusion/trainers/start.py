@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from ..checks.numbers import naming_the_example
 from ..models.alignment import check_shift
-from ..models.denoiser import evaluating, resolve_mask_token_id
+from ..models.denoiser import resolve_mask_token_id
+from ..models.trying import evaluating
 from ..scoring.adapters import refuse_half_of_a_tie
 from ..scoring.gradients import SHARDED
 from ..scoring.head import FIXED_NONCE, on_draws
@@ -53,6 +54,8 @@ def check_before_training(trainer: Any) -> None:
     refuse_half_of_a_tie(trainer.model)
     refuse_router_loss(trainer)
     try_shift(trainer)
+    if trainer.is_fsdp_enabled:
+        refuse_what_fsdp_cannot_share(trainer.accelerator.unwrap_model(trainer.model))
     placed_later = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if not placed_later or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "no"):
         # DeepSpeed trains a copy in float32, and so does FSDP in mixed precision
@@ -68,12 +71,23 @@ def check_before_training(trainer: Any) -> None:
 
 
 def try_shift(trainer: Any) -> None:
-    """Refuse logits that stand elsewhere than the family says, see [`check_shift`]; not tried on sharded weights."""
+    """
+    Refuse logits that stand elsewhere than the family says, see [`check_shift`]; not tried on sharded weights.
+
+    Warns of a model for which the data are worse than noise.
+    """
     if trainer._obstacle_to_immediate() == SHARDED or trainer.train_dataset is None:
         return
     model, column = trainer.accelerator.unwrap_model(trainer.model), trainer._completion_columns[0]
     rows = ((row["prompt_ids"], row[column]) for row in trainer.train_dataset)
-    check_shift(model, rows, resolve_mask_token_id(model.config, trainer._tokenizer))
+    found = check_shift(model, rows, resolve_mask_token_id(model.config, trainer._tokenizer))
+    if found is not None and found.is_worse_than_guessing:
+        logger.warning(
+            "Hidden tokens of the training data cost this model %.2f nats each, more than a guess among its %d tokens. "
+            "Either the tokenizer is another model's, or the weights are random.",
+            found.ours.mean(),
+            found.vocab_size,
+        )
 
 
 def refuse_router_loss(trainer: Any) -> None:
@@ -83,6 +97,22 @@ def refuse_router_loss(trainer: Any) -> None:
             f"`router_aux_loss_coef={trainer.router_aux_loss_coef}` adds a loss of the router, which a score does not "
             "return. Set `router_aux_loss_coef=0.0`."
         )
+
+
+def refuse_what_fsdp_cannot_share(model: Any) -> None:
+    """
+    Refuse weights that are in two modules, other than those of the embeddings and the head, which FSDP keeps together.
+
+    Raises:
+        ValueError: names one: BERT's and RoBERTa's head has its bias twice.
+    """
+    names: dict[int, str] = {id(weight): "" for weight in model.get_input_embeddings().parameters()}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(weight), name) not in ("", name):
+            raise ValueError(
+                f"`{name}` and `{names[id(weight)]}` of `{type(model).__name__}` are one weight, which FSDP2 cannot "
+                "shard. Train this model with DDP: `accelerate launch --multi_gpu`."
+            )
 
 
 def refuse_shared_weights(model: Any) -> None:

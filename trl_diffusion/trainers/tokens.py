@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
 from ..checks.findings import Count, Finding, Verdict, count, unpacked, warn_of_rows
+from ..checks.inputs import refuse_unknown_token
+from ..models.end_of_text import added_tokens
 
 logger = get_logger(__name__)
 
@@ -92,12 +94,7 @@ class TokenRules:
         Raises:
             ValueError: a token is outside the model's vocabulary.
         """
-        highest = max(max(ids, default=0) for ids in (prompt, *completions))
-        if highest >= self.vocab_size:
-            raise ValueError(
-                f"The tokenizer makes the token {highest}, and the model's vocabulary has {self.vocab_size} tokens. "
-                "Use the tokenizer that belongs to the model, or call `model.resize_token_embeddings(len(tokenizer))`."
-            )
+        refuse_unknown_token(max(max(ids, default=0) for ids in (prompt, *completions)), self.vocab_size)
         if not prompt:
             return Verdict(_EMPTY_PROMPT)
         if any(all(token in self.endings for token in ids) for ids in completions):
@@ -128,10 +125,8 @@ class TokenRules:
 
     @cached_property
     def added(self) -> tuple[list[int], list[int]]:
-        """Tokens that the tokenizer puts before and after a text of its own accord, seen by trying it."""
-        bare, whole = (self.tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
-        before = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
-        return whole[:before], whole[before + len(bare) :]
+        """What the tokenizer puts before and after a text of its own accord."""
+        return added_tokens(self.tokenizer)
 
 
 def scorable(dataset: Any, columns: Sequence[str], rules: TokenRules, *, name: str, num_proc: int | None = None) -> Any:
