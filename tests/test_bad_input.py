@@ -97,6 +97,13 @@ OPTIONS = [
     ({"draw_seed": 1.5}, "`draw_seed` must be an integer or None, got 1.5"),
     ({"draw_seed": "1"}, "`draw_seed` must be an integer or None, got '1'"),
     ({"mask_scheme": None}, "`mask_scheme` must be a text, got None"),
+    ({"level_concentration": "arcsine"}, "`level_concentration` must be a number or None, got 'arcsine'"),
+    ({"level_concentration": 0}, r"`level_concentration` must be None or a number in \(0, 1\].*, got 0"),
+    ({"level_concentration": 1.5}, r"`level_concentration` must be None or a number in \(0, 1\].*, got 1.5"),
+    (
+        {"level_concentration": 0.5, "mask_scheme": "bernoulli"},
+        "`level_concentration=0.5` is a law of the number .* or leave `level_concentration` out",
+    ),
     ({"beta": "0.1"}, "`beta` must be a finite number above 0, got '0.1'"),
     # Out of range
     ({"num_mc_samples": -1}, "`num_mc_samples` must be an integer of at least 1, got -1"),

@@ -31,6 +31,7 @@ from trl_diffusion.estimators.variance import (
     fixed_count_repeats,
     fixed_count_samples,
     repeats,
+    variance_between,
     variance_of_repeats,
     variance_parts,
 )
@@ -127,7 +128,7 @@ def pair_with_tables():
     return pair
 
 
-def draw_pairs(pair, prompts, num_draws, scheme, stratify, seed, control_variate, couple_pairs):
+def draw_pairs(pair, prompts, num_draws, scheme, stratify, seed, control_variate, couple_pairs, level_concentration):
     """Draws of the pair behind each of `prompts`, and the log-probabilities they meet, of chosen and rejected."""
     size = len(prompts)
     rows = torch.zeros(2 * size, 1 + LENGTH, dtype=torch.long)
@@ -139,6 +140,7 @@ def draw_pairs(pair, prompts, num_draws, scheme, stratify, seed, control_variate
     maskable = real.clone()
     maskable[:, 0] = False
     options = {"attention_mask": real, "control_variate": control_variate, "couple_pairs": couple_pairs}
+    options["level_concentration"] = level_concentration
     draws = draw_masks(maskable, num_draws, scheme, stratify, seed, rows, **options)
     for i, (ids, table) in enumerate(pair):
         own = (slice(None), slice(i * size, (i + 1) * size), slice(1, 1 + len(ids)))
@@ -146,24 +148,25 @@ def draw_pairs(pair, prompts, num_draws, scheme, stratify, seed, control_variate
         yield masked, table[(masked.long() << torch.arange(len(ids))).sum(-1)], draws.weight[own]
 
 
+@pytest.mark.parametrize("law", [1.0, 0.5], ids=["uniform", "arcsine"])
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_the_variance_of_a_pair_is_that_of_scores_made_one_by_one(name):
+def test_the_variance_of_a_pair_is_that_of_scores_made_one_by_one(name, law):
     """Every estimator of the report at K = 4, of scores whose two responses are drawn as a trainer draws them."""
     pair, size = pair_with_tables(), 4000
     options = ESTIMATORS[name]
     control = ControlVariate() if options["control_variate"] == "leave_one_out" else None
     made = draw_pairs(
         pair, 100 + torch.arange(size), 4, options["mask_scheme"], options["stratify"], 7, control,
-        options["couple_pairs"],
+        options["couple_pairs"], 1.0 if name == "VRPO paper" else law,
     )  # fmt: skip
     chosen, rejected = ((values * weight).sum((0, 2)) for _, values, weight in made)
     squared = ((chosen - rejected) - (chosen - rejected).mean()).square()
     drawn = [
         [part.transpose(0, 1).unflatten(0, (200, 2)) for part in (masked, values)]
-        for masked, values, _ in draw_pairs(pair, 10**6 + torch.arange(400), 32, "mirror", True, 5, None, True)
+        for masked, values, _ in draw_pairs(pair, 10**6 + torch.arange(400), 32, "mirror", True, 5, None, True, law)
     ]
     found = torch.tensor(
-        [_variance(name, 4, *(Scored(masked[r], values[r]) for masked, values in drawn)) for r in range(200)]
+        [_variance(name, 4, *(Scored(masked[r], values[r], law) for masked, values in drawn)) for r in range(200)]
     )
     error = (squared.var() / size + found.var() / len(found)).sqrt()
     assert abs(found.mean() - squared.mean()) < 4 * error + 0.03 * squared.mean()
@@ -412,14 +415,34 @@ REPORT = VarianceReport(
         ({}, 0.1, ("default", 16)),  # not reached: the most there is
         ({("mirror", 16): 0.245}, 0.5, ("default", 16)),  # within the noise of the measurement
         ({("mirror", 16): 0.1, ("mirror", 8): 0.2}, 0.5, ("mirror", 8)),
+        ({("VRPO paper", 16): 0.1}, 0.5, ("VRPO paper", 16)),
     ],
 )
 def test_recommendation(changes, target, expected):
-    report = replace(REPORT, variance=REPORT.variance | changes, target_standard_error=target)
+    report = replace(REPORT, variance=REPORT.variance | changes, target_standard_error=target, level_concentration=0.75)
     assert report.recommended == expected
-    assert report.options == {"num_mc_samples": expected[1], **ESTIMATORS[expected[0]]}
+    law = {"level_concentration": 1.0 if expected[0] == "VRPO paper" else 0.75}
+    assert report.options == {"num_mc_samples": expected[1], **ESTIMATORS[expected[0]], **law}
+    assert DiffusionVRPOConfig("x", use_cpu=True, bf16=False, **report.options).mask_sampler().scheme
     reached = report.variance[expected] ** 0.5 <= target
-    assert (" reaches " in str(report)) == reached
+    assert (" is small enough " in str(report)) == reached
+
+
+@pytest.mark.parametrize("between, expected", [(0.0, 16), (0.3, 16), (0.5, 8), (1.1, 4), (2.0, 2), (50.0, 2)])
+def test_noise_that_is_small_beside_the_spread_between_pairs_is_small_enough(between, expected):
+    """V(K) = 4 / K: the fewest draws with which all others could not halve the variance of a mean over pairs."""
+    report = replace(REPORT, between_pairs=between)
+    of_mean = {k: between + 4.0 / k for k in (2, 4, 8, 16)}  # times the number of pairs
+    fewest = [k for k, variance in of_mean.items() if between >= variance / 2 or 4.0 / k <= 0.5**2]
+    assert report.recommended == ("default", expected) and (fewest or [16])[0] == expected
+
+
+def test_the_spread_between_pairs_is_without_the_noise_by_enumeration():
+    """Three pairs, each measured twice with independent noise: the mean over all outcomes is the truth's variance."""
+    truth, noise = torch.tensor([1.0, -2.0, 4.0]).double(), torch.tensor([0.5, 3.0, 1.0]).double()
+    signs = torch.tensor(list(product((-1.0, 1.0), repeat=6))).double().view(-1, 3, 2)
+    found = [variance_between(truth.unsqueeze(1) + noise.unsqueeze(1) * sign) for sign in signs]
+    assert sum(found) / len(found) == pytest.approx(truth.var().item(), rel=1e-12)
 
 
 def test_shares_that_were_not_measured_are_not_printed():

@@ -53,6 +53,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _count(1)),
     "gradient_accumulation_steps": _count(1),
     "draws_per_forward": _optional(_count(1)),
+    "level_concentration": _optional(
+        Rule(lambda v: _is_a(v, Real) and 0 < v <= 1, "a number in (0, 1]: 1 is uniform, 0.5 the arcsine law")
+    ),
     "max_length": _optional(_count(2, words="an integer of at least 2, for prompt and completion")),
     "pad_to_multiple_of": Rule(lambda v: not isinstance(v, int) or v >= 1, "None or an integer of at least 1"),
     "beta": Rule(lambda v: _is_a(v, Real) and v > 0, "a finite number above 0"),

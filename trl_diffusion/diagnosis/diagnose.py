@@ -22,7 +22,9 @@ from ..estimators.variance import (
     Scored,
     fixed_count_repeats,
     fixed_count_samples,
+    paper_variance,
     repeats,
+    variance_between,
     variance_of_repeats,
     variance_parts,
 )
@@ -59,13 +61,15 @@ def diagnose_variance(
             that has neither an adapter nor a `ref_model` is its own reference.
         ref_model: as in [`DiffusionVRPOTrainer`].
         dataset: preference dataset; the first `num_pairs` rows are used.
-        args: configuration; its options of the estimator are not used, those of the data and the memory are.
+        args: configuration; of its options of the estimator only `level_concentration` is used, that of mirror pairs;
+            those of the data and the memory are.
         processing_class: as in [`DiffusionVRPOTrainer`].
         peft_config: of an adapter that would be trained. It does nothing yet, so none is made.
         quantization_config: as in [`DiffusionVRPOTrainer`].
         num_pairs: pairs to score.
         num_draws: draws of each response, a multiple of 32 and at least 32.
-        target_standard_error: of the score. At 0.5 the noise biases the loss by less than 0.5^2 / 8 = 0.03.
+        target_standard_error: of the score. At 0.5 the noise biases the loss by less than 0.5^2 / 8 = 0.03. Noise that
+            is smaller than the spread between pairs is small enough too, see [`VarianceReport`].
 
     Returns:
         [`VarianceReport`].
@@ -87,10 +91,11 @@ def diagnose_variance(
         stratify=True,
         control_variate=None,
         couple_pairs=True,
+        level_concentration=args.level_concentration_of("mirror"),
     )
     with scorer.left_as_it_came():
         rows = _score_pairs(scorer, pairs, sampler, Path(args.output_dir) / "variance.jsonl")
-    return _report(rows, num_draws, args.beta, target_standard_error)
+    return _report(rows, num_draws, args.beta, target_standard_error, sampler.level_concentration)
 
 
 def _check(dataset: Any, num_pairs: int, num_draws: int) -> None:
@@ -144,7 +149,8 @@ def _score_pair(scorer: Scorer, inputs: dict[str, torch.Tensor], sampler: MaskSa
     differs = not torch.equal(policy, reference)
     values = policy - reference if differs else policy
     places = inputs["maskable"]
-    scored = [Scored(masked[:, :, b, places[b]], values[:, :, b, places[b]]) for b in (0, 1)]
+    law = sampler.level_concentration
+    scored = [Scored(masked[:, :, b, places[b]], values[:, :, b, places[b]], law) for b in (0, 1)]
     return *scored, [inputs["input_ids"][b][places[b]].tolist() for b in (0, 1)], differs
 
 
@@ -152,7 +158,7 @@ def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs:
     """What is kept of a pair: plain numbers, in nats."""
     same = sum(a == b for a, b in zip(*tokens, strict=False))
     parts = [variance_parts(scored) for scored in (chosen, rejected)]
-    margin = (fixed_count_samples(chosen).mean() - fixed_count_samples(rejected).mean()).item()
+    margins = fixed_count_samples(chosen).mean(1) - fixed_count_samples(rejected).mean(1)
     variance = {
         f"{name}|{count}": _variance(name, count, chosen, rejected)
         for name in ESTIMATORS
@@ -162,7 +168,7 @@ def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs:
     return {
         "differs": differs,
         "overlap": same / max(map(len, tokens)),
-        "margin": margin,
+        "margins": margins.tolist(),
         "parts": {part: sum(each[part] for each in parts) for part in parts[0]},
         "variance": variance,
     }
@@ -172,7 +178,7 @@ def _variance(name: str, count: int, chosen: Scored, rejected: Scored) -> float:
     """Of the difference of the two estimates. Coupled: on the same draws; else on draws that are far apart."""
     pair = (chosen, rejected)
     if name == "VRPO paper":
-        return sum(variance_of_repeats(fixed_count_samples(scored)) for scored in pair) / count
+        return sum(map(paper_variance, pair)) / count
     if name == "fixed counts":
         values = [fixed_count_repeats(scored, count) for scored in pair]
     else:
@@ -183,7 +189,9 @@ def _variance(name: str, count: int, chosen: Scored, rejected: Scored) -> float:
     return variance_of_repeats(values[0] - values[1])
 
 
-def _report(rows: list[dict[str, Any]], num_draws: int, beta: float, target: float) -> VarianceReport:
+def _report(
+    rows: list[dict[str, Any]], num_draws: int, beta: float, target: float, level_concentration: float
+) -> VarianceReport:
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} pairs are left of the dataset, and a spread over pairs needs two. Give more.")
     cells = {tuple(cell.split("|")): [row["variance"][cell] for row in rows] for cell in rows[0]["variance"]}
@@ -193,7 +201,8 @@ def _report(rows: list[dict[str, Any]], num_draws: int, beta: float, target: flo
         variance[name, int(count)] = of_pairs.mean().item()
         error[name, int(count)] = of_pairs.std().item() / len(rows) ** 0.5
     parts = {part: sum(row["parts"][part] for row in rows) for part in rows[0]["parts"]}
-    margins = beta * torch.tensor([row["margin"] for row in rows])
+    by_set = beta * torch.tensor([row["margins"] for row in rows], dtype=torch.float64)
+    margins = by_set.mean(1)
     return VarianceReport(
         num_pairs=len(rows),
         num_draws=num_draws,
@@ -206,4 +215,6 @@ def _report(rows: list[dict[str, Any]], num_draws: int, beta: float, target: flo
         variance=variance,
         error=error,
         target_standard_error=target,
+        between_pairs=max(variance_between(by_set), 0.0),
+        level_concentration=level_concentration,
     )

@@ -36,7 +36,9 @@ class VarianceReport:
         margin: mean over pairs of the score, and `margin_spread` its standard deviation.
         parts: shares of `level`, `tokens` and `context` in the variance of a single fixed-count draw.
         variance: of the score, by estimator and K; `error` is the standard error over pairs.
-        target_standard_error: of the score, that the recommended K has to reach.
+        target_standard_error: of the score, see `recommended`.
+        between_pairs: variance of the score over pairs, the noise of the masks taken off.
+        level_concentration: of the law of levels that all estimators but the paper's have.
     """
 
     num_pairs: int
@@ -50,11 +52,17 @@ class VarianceReport:
     variance: dict[tuple[str, int], float]
     error: dict[tuple[str, int], float] = field(repr=False)
     target_standard_error: float = 0.5
+    between_pairs: float = 0.0
+    level_concentration: float = 1.0
 
     @property
     def recommended(self) -> tuple[str, int]:
         """
-        Estimator and K: the quietest estimator, and the fewest draws at which its standard error is small enough.
+        Estimator and K: the quietest estimator, and the fewest draws with which its variance V(K) is small enough.
+
+        It is if  V(K) <= max(target^2, S^2),  with S^2 the variance of the score between pairs. The mean over n pairs
+        has the variance (S^2 + V(K)) / n: from V(K) = S^2 on, no number of draws halves it, and as many forwards on
+        twice the pairs do. The target alone counts where pairs are alike.
 
         The default is left only for one whose variance is lower by more than the noise of the measurement.
         """
@@ -64,8 +72,12 @@ class VarianceReport:
         if self.variance["default", largest] <= self.variance[name, largest] + 2 * noise:
             name = "default"
         counts = sorted(count for estimator, count in self.variance if estimator == name)
-        enough = [k for k in counts if self.variance[name, k] ** 0.5 <= self.target_standard_error]
+        enough = [k for k in counts if self.variance[name, k] <= self._small_enough]
         return name, enough[0] if enough else counts[-1]
+
+    @property
+    def _small_enough(self) -> float:
+        return max(self.target_standard_error**2, self.between_pairs)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,7 +88,12 @@ class VarianceReport:
         before there is a score.
         """
         name, count = self.recommended
-        return ({"num_mc_samples": count} if self.compares_with_reference else {}) | ESTIMATORS[name]
+        law = 1.0 if name == "VRPO paper" else self.level_concentration
+        return {
+            **({"num_mc_samples": count} if self.compares_with_reference else {}),
+            **ESTIMATORS[name],
+            "level_concentration": law,
+        }
 
     def __str__(self) -> str:
         counts = sorted({count for _, count in self.variance})
@@ -84,7 +101,7 @@ class VarianceReport:
             f"{self.num_pairs} pairs, {self.num_draws} draws of each response, beta = {self.beta}.",
             f"Chosen and rejected have the same token at {self.overlap:.0%} of their places.",
             f"Score: {self.margin:+.3f} +- {self.margin_spread:.3f} (mean and spread over pairs).",
-            f"Noise of a single draw: {self._parts()}.",
+            f"Noise of a single draw: {self._parts()}. Levels: {self._levels()}.",
             "",
             "Variance of the score (standard error over pairs); forwards of the policy per response = K",
             "| estimator | " + " | ".join(f"K = {count}" for count in counts) + " |",
@@ -97,6 +114,10 @@ class VarianceReport:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         options = ", ".join(f"{option}={value!r}" for option, value in self.options.items())
         return "\n".join([*lines, "", f"Recommended: {options}.", self._verdict()])
+
+    def _levels(self) -> str:
+        a = self.level_concentration
+        return "uniform" if a == 1 else f"Beta({a:g}, {a:g}), the paper's uniform"
 
     def _parts(self) -> str:
         """Each is a difference of two estimates, and may come out below zero."""
@@ -112,11 +133,11 @@ class VarianceReport:
                 f"It has {ratio:.2f} of the variance of the paper's estimator at K = {count}. How many draws are "
                 "enough can be told when the policy has moved: train for some steps and diagnose the adapter."
             )
-        error = self.variance[name, count] ** 0.5
-        verdict = "reaches" if error <= self.target_standard_error else "does not reach"
+        error, spread = self.variance[name, count] ** 0.5, self.between_pairs**0.5
+        verdict = "small enough" if error**2 <= self._small_enough else "too large"
         return (
-            f"Its standard error {error:.2f} {verdict} {self.target_standard_error}, at {count / 8:g} times the "
-            "forwards of the paper's K = 8."
+            f"Its standard error {error:.2f} is {verdict} (target {self.target_standard_error}, spread between pairs "
+            f"{spread:.2f}), at {count / 8:g} times the forwards of the paper's K = 8."
         )
 
     def _cell(self, name: str, count: int) -> str:

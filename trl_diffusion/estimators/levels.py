@@ -44,6 +44,11 @@ def draw_counts(share: torch.Tensor, num_maskable: torch.Tensor, a: float) -> tu
     return passed + 1, importance.gather(1, passed.T).T
 
 
+def importance(counts: torch.Tensor, total: int, a: float) -> torch.Tensor:
+    """(1/L') / P(l) of each of the `counts` l of a response of L' = `total` tokens, float64."""
+    return torch.ones_like(counts, dtype=torch.float64) if a == 1 else _law_of_counts(total, a)[1][counts - 1]
+
+
 @lru_cache(maxsize=4096)
 def _law_of_counts(total: int, a: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`(L',)` float64, by count: the share of the law up to it, and its importance."""

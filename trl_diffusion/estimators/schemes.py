@@ -52,7 +52,7 @@ def check_levels(scheme: str, a: float) -> None:
     if scheme == "bernoulli" and a != 1:
         raise ValueError(
             f"`level_concentration={a}` is a law of the number of hidden tokens, which the scheme 'bernoulli' does not "
-            "draw: take 'mirror' or 'fixed_count', or leave it at 1."
+            "draw: take 'mirror' or 'fixed_count', or leave `level_concentration` out."
         )
 
 

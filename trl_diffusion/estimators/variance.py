@@ -3,8 +3,9 @@ What one scored set of draws says about the variance of every estimator: no furt
 
 A pair was scored on S independent sets of M draws: stratified mirror pairs. A mirror pair is two fixed-count draws,
 levels are evenly spread, and every n-th mirror pair is again a stratified set. So the same numbers hold many repeats of
-an estimate with K draws, of any linear scheme: only the weights change. Where the policy is its reference, its
-log-probabilities stand in for the log-ratios.
+an estimate with K draws, of any linear scheme with this law of levels: only the weights change. What independent draws
+with uniform levels would do is seen by weighing again. Where the policy is its reference, its log-probabilities stand
+in for the log-ratios.
 
 The repeats of one set are not independent: their levels lie between each other's. What that does to their mean is seen
 by comparing sets.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .control_variate import Control, ControlVariate
+from .levels import importance
 
 _LEVEL_BINS, _DRAWS_PER_BIN = 8, 8  # fewer draws at a level hardly ever hide the same token twice
 
@@ -29,10 +31,17 @@ class Scored:
     Args:
         masked: `(S, M, T)` bool over the T tokens of the response; draws 2u and 2u + 1 are a mirror pair.
         log_ratios: `(S, M, T)` nats, policy minus reference, zero where not masked.
+        level_concentration: of the law of levels that the draws have.
     """
 
     masked: torch.Tensor
     log_ratios: torch.Tensor
+    level_concentration: float = 1.0
+
+    @property
+    def importance(self) -> torch.Tensor:
+        """`(S, M)` float64: how likely the number of hidden tokens is under the uniform law over under this one."""
+        return importance(self.masked.sum(-1), self.masked.shape[-1], self.level_concentration)
 
 
 def repeats(scored: Scored, num_draws: int, control_variate: ControlVariate | None = None) -> torch.Tensor:
@@ -40,9 +49,10 @@ def repeats(scored: Scored, num_draws: int, control_variate: ControlVariate | No
     Estimates from mirror pairs with K = `num_draws`, K even and a divisor of M: `(S, M / K)` nats, each from levels
     that are evenly spread.
     """
-    masked, values = (_deal(x, num_draws, 2) for x in (scored.masked, scored.log_ratios))
+    parts = (scored.masked, scored.log_ratios, scored.importance.unsqueeze(-1))
+    masked, values, weight = (_deal(x, num_draws, 2) for x in parts)
     inclusion = masked.sum(-1).double() / masked.shape[-1]  # (K, S * M / K)
-    scale = 1 / (inclusion * num_draws)
+    scale = weight.squeeze(-1) / (inclusion * num_draws)
     if control_variate is None:
         estimates = (scale * values.double().sum(-1)).sum(0)
     else:
@@ -59,8 +69,26 @@ def fixed_count_repeats(scored: Scored, num_draws: int) -> torch.Tensor:
 
 
 def fixed_count_samples(scored: Scored) -> torch.Tensor:
-    """`(S, M)` nats: the estimate of each fixed-count draw alone, (L'/l) S(m)."""
+    """`(S, M)` nats: the estimate of each fixed-count draw alone, (L'/l) S(m) times its importance."""
+    return scored.importance * _plain_samples(scored)
+
+
+def _plain_samples(scored: Scored) -> torch.Tensor:
+    """(L'/l) S(m), as for uniform levels."""
     return scored.log_ratios.double().sum(-1) * scored.masked.shape[-1] / scored.masked.sum(-1)
+
+
+def paper_variance(scored: Scored) -> float:
+    """
+    Variance of one fixed-count draw with a uniform level, VRPO's eq. 14.
+
+    With f = (L'/l) S(m) and r a draw's importance, E f^2 is the mean of r f^2, and E f that of r f. The square of the
+    latter is too large by its variance, which is that of sets over S.
+    """
+    plain = _plain_samples(scored)
+    mean = fixed_count_samples(scored).mean(1)
+    square_of_mean = mean.mean().square() - mean.var() / len(mean)
+    return ((scored.importance * plain.square()).mean() - square_of_mean).item()
 
 
 def variance_of_repeats(values: torch.Tensor) -> float:
@@ -74,6 +102,17 @@ def variance_of_repeats(values: torch.Tensor) -> float:
     return (about_mean + values.mean(1).var() / len(values)).item()
 
 
+def variance_between(estimates: torch.Tensor) -> float:
+    """
+    Variance over P >= 2 pairs of what is estimated, without the noise of the estimates.
+
+    Args:
+        estimates: `(P, 2)`, each from draws of its own: their noise is independent, so that their covariance over pairs
+            is the variance of the truth. May come out below zero.
+    """
+    return torch.cov(estimates.double().T)[0, 1].item()
+
+
 def _deal(rows: torch.Tensor, num_draws: int, unit: int) -> torch.Tensor:
     """`(K, S * R, T)` of `(S, M, T)`: the units of each set dealt out in turn to R repeats, which are evenly spread."""
     dealt = rows.unflatten(1, (num_draws // unit, -1, unit))  # (S, units of a repeat, R, unit, T)
@@ -82,11 +121,12 @@ def _deal(rows: torch.Tensor, num_draws: int, unit: int) -> torch.Tensor:
 
 def variance_parts(scored: Scored) -> dict[str, float]:
     """
-    Analysis of the variance of one fixed-count draw (L'/l) S(m), in nats^2.
+    Analysis of the variance of one fixed-count draw (L'/l) S(m), times its importance, in nats^2.
 
     - `level`: variance of its mean at level l over l.
-    - `tokens`: from which tokens were hidden, mean over levels of  (L'/l)^2 l (L' - l) / (L' - 1) Var_i mu_i,  with
-      mu_i the mean of token i's log-ratio at the level. Squares of means are products of draws that are no mirror pair.
+    - `tokens`: from which tokens were hidden, mean over levels of  (r L'/l)^2 l (L' - l) / (L' - 1) Var_i mu_i,  with r
+      the importance and mu_i the mean of token i's log-ratio at the level. Squares of means are products of draws that
+      are no mirror pair.
     - `context`: the rest, from which others were hidden beside a token.
 
     Levels are taken together in bins. Parts are unbiased up to that, so a small one may come out below zero.
@@ -99,6 +139,7 @@ def variance_parts(scored: Scored) -> dict[str, float]:
     means = torch.stack([samples[chunk].mean() for chunk in bins])
     sizes = torch.tensor([len(chunk) for chunk in bins])
     level = means.var(correction=0) - (within / sizes).mean() * (1 - 1 / len(bins))
+    values = values.double() * scored.importance.flatten().unsqueeze(1)
     tokens = torch.stack([_token_part(masked[chunk], values[chunk], chunk // 2) for chunk in bins]).mean()
     return {"level": level.item(), "tokens": tokens.item(), "context": (within.mean() - tokens).item()}
 

@@ -42,7 +42,7 @@ DIFFERENCES: dict[str, Difference | None] = {
     ),
     **dict.fromkeys(("f_alpha_divergence_coef", "discopop_tau", "sync_ref_model"), OBJECTIVE),
     **dict.fromkeys(("num_mc_samples", "mask_scheme", "stratify", "control_variate", "couple_pairs"), NOISE),
-    **dict.fromkeys(("share_draws", "num_reference_draw_sets"), NOISE),
+    **dict.fromkeys(("level_concentration", "share_draws", "num_reference_draw_sets"), NOISE),
     **dict.fromkeys(("draws_per_forward", "elbo_gradient", "append_eos"), SILENT),
     "adapter_dtype": Difference(False, "updates are rounded in another way"),
     "precompute_ref_log_probs": Difference(
@@ -89,6 +89,7 @@ def make_record(trainer: Any) -> dict[str, Any]:
         and {"every": args.ref_model_sync_steps, "alpha": args.ref_model_mixup_alpha},
         "draw_version": DRAW_VERSION,
         "draw_seed": args.mask_sampler().seed,
+        "level_concentration": args.mask_sampler().level_concentration,
         "processes": args.world_size,
     }
     # As it will be when it comes back from JSON

@@ -7,11 +7,13 @@ from typing import ClassVar
 from ..checks.options import check_device, check_options
 from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
-from ..estimators.schemes import SCHEMES
+from ..estimators.schemes import SCHEMES, check_levels
 from ..resuming.record import DIFFERENCES, Difference
 from ..scoring.gradients import GRADIENT_MODES
 
 CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
+# By scheme, see docs/choosing-an-estimator.md. The papers' schemes have the papers' levels, which are uniform.
+DEFAULT_CONCENTRATION = {"mirror": 1.0}
 
 
 @dataclass
@@ -48,6 +50,14 @@ class ELBOArguments:
         metadata={
             "help": "Whether the mask levels of a response's draws are spread evenly over their range instead of drawn "
             "independently. Unbiased, as a rule with less variance, no cost."
+        },
+    )
+    level_concentration: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mask levels are drawn from the law Beta(a, a) with this a, and weighed for it. 1 is uniform. "
+            "Below it, draws that mask few tokens or nearly all come more often and weigh less, so that the noise does "
+            "not grow with the length of a response; 0.5 is the arcsine law. Unbiased, no cost. By default 1."
         },
     )
     control_variate: str = field(
@@ -106,6 +116,7 @@ class ELBOArguments:
     def check_before(self, loss_types: tuple[str, ...], *owners: type) -> None:
         """Refuse values that make no estimator, or no run; before TRL's own `__post_init__` acts on them."""
         check_options(self, loss_types, ELBOArguments, *owners)
+        check_levels(self.mask_scheme, self.level_concentration_of(self.mask_scheme))
         if self.elbo_gradient == "immediate":
             self._check_immediate()
 
@@ -128,6 +139,10 @@ class ELBOArguments:
                 "`elbo_gradient='checkpoint'`."
             )
 
+    def level_concentration_of(self, scheme: str) -> float:
+        """What was set, or the default of a scheme."""
+        return DEFAULT_CONCENTRATION.get(scheme, 1.0) if self.level_concentration is None else self.level_concentration
+
     def mask_sampler(self) -> MaskSampler:
         """The sampler that these arguments describe."""
         seed = self.seed if self.draw_seed is None else self.draw_seed  # type: ignore[attr-defined]
@@ -138,13 +153,16 @@ class ELBOArguments:
             seed=seed,
             control_variate=None if self.control_variate == "none" else ControlVariate(),
             couple_pairs=getattr(self, "couple_pairs", False),
+            level_concentration=self.level_concentration_of(self.mask_scheme),
         )
 
     def describe_estimator(self) -> str:
         """One line for the model card."""
+        a = self.level_concentration_of(self.mask_scheme)
+        levels = "uniform levels" if a == 1 else f"levels from Beta({a}, {a})"
         return (
             f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
-            f"{', stratified' if self.stratify else ''}, control variate `{self.control_variate}`"
+            f"{', stratified' if self.stratify else ''}, {levels}, control variate `{self.control_variate}`"
         )
 
 
