@@ -20,7 +20,7 @@ def follow(page, **replaced):
     for old, new in replaced.values():
         assert old in code, f"{page} has no {old} any more"
         code = code.replace(old, new)
-    names = {"__name__": page}
+    names = {"__name__": "__main__"}
     exec(compile(code, page, "exec"), names)
     return names
 
@@ -36,7 +36,10 @@ def known(monkeypatch, tmp_path):
 def test_a_model_is_added(known, capsys, tmp_path):
     names = follow("adding-a-model.md")
     printed = capsys.readouterr().out
-    assert "head          wrong" in printed and "head          right" in printed
+    assert [" ".join(line.split()[:2]) for line in printed.splitlines() if line.startswith("head ")] == [
+        "head wrong",
+        "head right",
+    ]
     assert family_of(names["config"]).logit_shift == 1
     assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2
     config = names["MineConfig"](hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -57,7 +60,7 @@ def test_a_small_encoder_becomes_polite(known, capsys, tmp_path):
     make_encoder_tokenizer(words).save_pretrained(tmp_path / "encoder")
     found = follow("a-small-encoder.md", model=('"distilbert/distilbert-base-uncased"', '"encoder"'))
     assert found["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2
-    assert found["after"]["eval_rewards/margins"] > 1 and found["after"]["eval_rewards/accuracies"] > 0.9
-    base, aligned = (tuple(found[name][0].tolist()) for name in ("base", "aligned"))
-    assert base != aligned and len(base) == len(aligned)
+    assert found["before"]["eval_rewards/margins"] == 0 < found["after"]["eval_rewards/margins"]
+    assert found["after"]["eval_rewards/accuracies"] > 0.9
+    assert found["base"].shape == found["aligned"].shape == (1, found["prompt"]["input_ids"].shape[1] + 8)
     assert (tmp_path / "polite-encoder" / "adapter_model.safetensors").exists()

@@ -72,7 +72,7 @@ def test_the_elbo_of_the_text_is_said_under_both_shifts(learnt):
     """The one that is the family's is the larger by far: what it knows by heart costs next to nothing."""
     detail = check_family(learnt, make_encoder_tokenizer(), TEXT)["shift"].detail
     in_place, before = (float(part.split()[0]) for part in (detail.partition("text ")[2], detail.partition(", ")[2]))
-    assert before < 10 * in_place < 0 and "the family has 0" in detail
+    assert before < 10 * in_place <= 0 and "the family has 0" in detail
 
 
 def test_weights_that_have_learnt_nothing_leave_the_shift_unclear():
@@ -118,7 +118,10 @@ BAD = {
     "a larger tokenizer": ("tokenizer", f"makes the token {len(VOCABULARY)}, .* has {len(VOCABULARY)} tokens"),
     "an autoregressive checkpoint": ("shift", "weights of an autoregressive model"),
     "causal attention": ("causality", "attends causally"),
-    "layers that are causal among others": ("causality", "`layers.0` of `Lfm2ForCausalLM` sees what comes before"),
+    "layers that are causal among others": (
+        "causality",
+        "`model.layers.0` of `Lfm2ForCausalLM` sees what comes before",
+    ),
     "an entry that the class does not know": ("configuration", "`position_embedding_type='relative_key'`, which `Bert"),
     "a soft cap that the class does not know": ("configuration", "`final_logit_softcapping=30.0`, which `LlamaConfig`"),
     "a head that is more than the record says": ("head", "not its output head applied to the last hidden state"),
@@ -189,8 +192,6 @@ def test_an_adapter_on_an_embedding_that_is_the_head_too(learnt, tmp_path):
     message = "on the embedding `bert.embeddings.word_embeddings`, whose weight is the output head's too"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, copy.deepcopy(learnt), make_encoder_tokenizer(), asked)
-    some = LoraConfig(r=2, target_modules=["query"], trainable_token_indices={"word_embeddings": [9]})
-    make_trainer(tmp_path, copy.deepcopy(learnt), make_encoder_tokenizer(), some)
 
 
 def test_an_entry_that_the_class_knows_or_that_is_off_is_let_be():

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..estimators.draws import draw_masks
 from ..estimators.elbo import elbo
-from ..models.alignment import Alignment, check_shift
+from ..models.alignment import Alignment, check_shift, try_alignment
 from ..models.causality import check_attention
 from ..models.chat_template import give_chat_template, use_training_template
 from ..models.denoiser import check_head, check_parts, resolve_mask_token_id
 from ..models.end_of_text import use_end_of_text
 from ..models.families import family_of
 from ..models.padded import check_padding
+from ..models.positions import position_limit
 from ..models.trying import evaluating, is_elsewhere
 from .inputs import check_tokenizer, refuse_unknown_token
 from .template import left_out, refuse_open_turns
@@ -119,7 +120,7 @@ def check_family(model: Any, tokenizer: PreTrainedTokenizerBase, text: str = TEX
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer = copy.deepcopy(tokenizer)
     use_end_of_text(tokenizer)
-    ids = tokenizer(text)["input_ids"][:_LONGEST]
+    ids = tokenizer(text)["input_ids"][: min(_LONGEST, position_limit(base) or _LONGEST)]
     if len(ids) < 2:
         raise ValueError(f"`text` has to have two tokens at least, got {text!r}. Leave it out for a few sentences.")
     subject = _Subject(base, tokenizer, ids)
@@ -149,7 +150,7 @@ def _tokenizer(subject: _Subject) -> str:
     vocab_size, _ = subject.model.config.vocab_size, subject.mask
     check_tokenizer(subject.tokenizer, subject.model.config)
     refuse_unknown_token(max(len(subject.tokenizer) - 1, *subject.ids), vocab_size)
-    if _alignment(subject).is_worse_than_guessing:
+    if _alignment(subject, try_alignment).is_worse_than_guessing:
         raise Unclear(
             f"the text costs more than a guess among {vocab_size} tokens: the tokenizer is another model's, or the "
             "weights are random"
@@ -170,7 +171,7 @@ def _causality(subject: _Subject) -> str:
 
 
 def _shift(subject: _Subject) -> str:
-    found, family = _alignment(subject), family_of(subject.model.config)
+    found, family = _alignment(subject, check_shift), family_of(subject.model.config)
     in_place, before = (_elbo(subject, shift) for shift in (0, 1))
     said = f"ELBO of the text {in_place:.1f} nats with logit_shift=0, {before:.1f} with logit_shift=1"
     if not found.is_right:
@@ -223,10 +224,10 @@ def _need_weights(subject: _Subject) -> None:
         raise Unclear("the weights are not here")
 
 
-def _alignment(subject: _Subject) -> Alignment:
+def _alignment(subject: _Subject, try_it: Callable[..., Alignment | None]) -> Alignment:
     """Of the text, whose first token is the prompt."""
     _need_weights(subject)
-    found = check_shift(subject.model, [(subject.ids[:1], subject.ids[1:])], subject.mask)
+    found = try_it(subject.model, [(subject.ids[:1], subject.ids[1:])], subject.mask)
     assert found is not None  # the weights are here
     return found
 
