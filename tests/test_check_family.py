@@ -123,7 +123,7 @@ BAD = {
         "`model.layers.0` of `Lfm2ForCausalLM` sees what comes before",
     ),
     "an entry that the class does not know": ("configuration", "`position_embedding_type='relative_key'`, which `Bert"),
-    "a soft cap that the class does not know": ("configuration", "`final_logit_softcapping=30.0`, which `LlamaConfig`"),
+    "a soft cap that the class does not know": ("configuration", "`final_logit_softcapping=30.0`, which `Llama"),
     "a head that is more than the record says": ("head", "not its output head applied to the last hidden state"),
 }
 
