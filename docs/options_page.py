@@ -31,8 +31,10 @@ Any value but TRL's default is refused when the configuration is made, before an
 
 {refused}
 `accelerate launch --dynamo_backend` is refused as `torch_compile` is, and so is a device without float64 (MPS), in
-which masks are drawn. `label_smoothing` is refused without a loss that reads it. All loss types of `DPOConfig` and
-`KTOConfig` work, of `SFTConfig` `nll` alone, including combinations such as `sigmoid` with `sft`.
+which masks are drawn. FSDP1 (`fsdp_version: 1`, accelerate's default where a file names none), Megatron, and tensor,
+context and sequence parallelism are refused: they split what a score needs whole. `label_smoothing` is refused without
+a loss that reads it. All loss types of `DPOConfig` and `KTOConfig` work, of `SFTConfig` `nll` alone, including
+combinations such as `sigmoid` with `sft`.
 
 Refused when a trainer is made: an adapter on the output head; one that changes the model before it has learnt anything
 (PiSSA, OLoRA, FourierFT, `init_lora_weights=False`; one that comes with the model is copied and may do so); trained

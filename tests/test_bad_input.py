@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import ParallelismConfig, cpu_offload
 from accelerate.utils import TorchDynamoPlugin
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset, IterableDataset
@@ -175,6 +175,40 @@ def test_a_launcher_that_compiles_the_model(tmp_path, monkeypatch, config):
         config(str(tmp_path), bf16=False, use_cpu=True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as without the option
     config(str(tmp_path), bf16=False, use_cpu=True)
+
+
+LAUNCHES = [
+    ({"ACCELERATE_USE_FSDP": "true"}, {}, "`fsdp_version: 2` in the `fsdp_config` of `accelerate launch`"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "FSDP1 hands out views"),
+    ({}, {"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1 hands out views"),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "`distributed_type: MEGATRON_LM`"),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}, {}, "`cp_size=2` is not supp"),
+    ({}, {"parallelism_config": ParallelismConfig(tp_size=2)}, "`tp_size=2` is not supported: the layers are cut up"),
+    ({}, {"parallelism_config": ParallelismConfig(sp_size=2)}, "`sp_size=2` is not supported: a row is cut up"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP1")
+@pytest.mark.parametrize("variables, options, message", LAUNCHES)
+def test_ways_to_launch_that_split_what_a_score_needs(tmp_path, monkeypatch, variables, options, message):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it, for good
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    "variables, options",
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {}),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, {}),
+    ],
+)
+def test_ways_to_launch_that_are_let_through(tmp_path, monkeypatch, variables, options):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **options)
 
 
 @pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig])

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..checks.launch import check_launch
 from ..checks.options import check_device, check_options
 from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
@@ -121,7 +122,8 @@ class ELBOArguments:
             self._check_immediate()
 
     def check_after(self) -> None:
-        """Refuse what is known when `__post_init__` of transformers has run: the device."""
+        """Refuse what is known when `__post_init__` of transformers has run: the device, and how it is launched."""
+        check_launch(self)
         check_device(self.device.type)  # type: ignore[attr-defined]
 
     def _check_immediate(self) -> None:
