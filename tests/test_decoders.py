@@ -425,7 +425,7 @@ def test_trained_by_path_with_an_adapter(folder, tmp_path):
     assert "AutoModelForCausalLM.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["iLLaDA", "Dream"])
+@pytest.mark.parametrize("name", ["iLLaDA", "Dream", "LLaDA-MoE", "Nemotron"])
 def test_trained_by_path_with_a_reference_by_path(name, tmp_path):
     path = FOLDERS[name].write(tmp_path / "published", mask_token_id=2)
     make_tokenizer().save_pretrained(path)
@@ -454,24 +454,33 @@ QWEN_TEMPLATE = (
 )
 
 
+# LLaDA-MoE's form: no space between turns, and roles that are words
+ROLE_TEMPLATE = (
+    "{% for m in messages %}<role> {{ 'HUMAN' if m['role'] == 'user' else 'ASSISTANT' }} </role> {{ m['content'] }} "
+    "<|role_end|> {% endfor %}{% if add_generation_prompt %}<role> ASSISTANT </role> {% endif %}"
+)
+
+
 @pytest.mark.parametrize(
-    ("name", "eos", "expected"),
+    ("name", "template", "eos", "expected"),
     [
-        ("Dream", "<|endoftext|>", "two <|im_end|> <|endoftext|>"),  # Dream-v0: the end of text follows the turn
-        ("A2D-Qwen3", "<|im_end|>", "two <|im_end|>"),  # Qwen's instruct models: the end of a turn is the end
+        ("Dream", QWEN_TEMPLATE, "<|endoftext|>", "two <|im_end|> <|endoftext|>"),  # Dream-v0: the end of text follows
+        ("A2D-Qwen3", QWEN_TEMPLATE, "<|im_end|>", "two <|im_end|>"),  # Qwen's instruct models: the turn's end is it
+        ("Nemotron", QWEN_TEMPLATE, "<|im_end|>", "two <|im_end|>"),
+        ("LLaDA-MoE", ROLE_TEMPLATE, "<|endoftext|>", "two <|role_end|> <|endoftext|>"),
     ],
 )
-def test_a_conversation_ends_as_the_family_was_taught(name, eos, expected, tmp_path):
+def test_a_conversation_ends_as_the_family_was_taught(name, template, eos, expected, tmp_path):
     """Through TRL's tokenisation; an answer made of its end alone is dropped."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|mask|>", "<|im_end|>"]
-    words = [*special, "<unk>", "user", "assistant", "system", "what", "is", "two", "three"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|mask|>", "<|im_end|>", "<|role_end|>", "<role>", "</role>"]
+    words = [*special, "<unk>", "user", "assistant", "system", "HUMAN", "ASSISTANT", "what", "is", "two", "three"]
     model = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = WhitespaceSplit()
     model.add_special_tokens(special)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token=eos, pad_token="<|endoftext|>", unk_token="<unk>", mask_token="<|mask|>"
     )
-    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.chat_template = template
     prompt = [{"role": "user", "content": "what is two"}]
     answers = [[{"role": "assistant", "content": text}] for text in ("two", "three", "")]
     rows = [{"prompt": prompt, "chosen": answers[0], "rejected": answer} for answer in answers[1:]]
@@ -483,7 +492,8 @@ def test_a_conversation_ends_as_the_family_was_taught(name, eos, expected, tmp_p
     )
     (row,) = trainer.train_dataset
     assert tokenizer.decode(row["chosen_ids"]) == expected
-    assert tokenizer.decode(row["prompt_ids"]).endswith("what is two <|im_end|> <|im_start|> assistant")
+    opened = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+    assert row["prompt_ids"] == opened and tokenizer.decode(opened).endswith(("> assistant", "ASSISTANT </role>"))
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
