@@ -17,13 +17,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer, GenerationConfig
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
-from trl_diffusion.models.families import FAMILIES
-from trl_diffusion.models.family import Family, Head
 
-BERT = Family(name="BERT", model_types=("bert",), head=Head(transform="cls.predictions.transform"))
 VOCABULARY = 8000
 HELD_OUT = 20  # one in so many paragraphs
 STEPS, LEARNING_RATE, TOKENS_PER_STEP = 300, 1e-3, 1536
@@ -45,11 +42,7 @@ def split(texts: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, 
 
 def load(root: Path, name: str) -> BertForMaskedLM:
     """The base model or a policy, in evaluation mode."""
-    if BERT not in FAMILIES:
-        FAMILIES.insert(0, BERT)
-    model = BertForMaskedLM.from_pretrained(root / name).eval()
-    model.generation_config = GenerationConfig()  # TRL writes the padding token into it
-    return model
+    return BertForMaskedLM.from_pretrained(root / name).eval()
 
 
 def load_tokenizer(root: Path) -> BertTokenizer:

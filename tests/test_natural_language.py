@@ -3,21 +3,14 @@
 import random
 
 import natural_language as natural
-import natural_model
 import natural_text
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from trl_diffusion import MaskSampler, draw_masks, elbo
-from trl_diffusion.models import families
 
 PROMPT, RESPONSES = [3, 4], [[5, 6, 7, 8, 9], [5, 6, 9, 2]]
-
-
-@pytest.fixture(autouse=True)
-def bert_is_a_family(monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", [natural_model.BERT, *families.FAMILIES])
 
 
 def tiny_bert(seed: int) -> BertForMaskedLM:
