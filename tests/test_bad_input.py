@@ -218,6 +218,14 @@ def test_a_device_without_float64(tmp_path, monkeypatch, config):
         config(str(tmp_path), bf16=False)
 
 
+@pytest.mark.parametrize("name", ["model", "ref_model"])
+def test_a_compiled_model(tmp_path, name):
+    compiled = make_model()
+    compiled._compiled_call_impl = compiled._call_impl  # as `compile()` sets it; it takes seconds
+    with pytest.raises(ValueError, match=f"`{name}` was compiled"):
+        make_trainer(tmp_path, **{"model": make_model(), name: compiled})
+
+
 def offloaded():
     cpu_offload(model := make_model(), torch.device("cpu"))
     return model

@@ -54,6 +54,11 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
     ):
         if not (other or isinstance(value, PreTrainedModel | PeftModel)):
             raise TypeError(f"`{name}` must be {ways} of transformers or PEFT, got `{type(value).__name__}`.")
+        if getattr(value, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"`{name}` was compiled (`compile()`): every response runs at its own length, so that nearly every "
+                "forward would be compiled anew. Give a model that is not."
+            )
     if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
         raise TypeError(
             f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load "
