@@ -13,10 +13,12 @@ from accelerate.utils import TorchDynamoPlugin
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from test_families import make_scaled
 from test_trainers import make_trainer
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig
+from trl_diffusion.checks.inputs import check_same_vocabulary
 from trl_diffusion.checks.options import REFUSED
 
 
@@ -286,16 +288,11 @@ def llama(**config):
     return LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes, **config))
 
 
-def bert():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return BertForMaskedLM(BertConfig(vocab_size=30, mask_token_id=2, **sizes))
-
-
 MODELS = [
     (llama, "Neither the model .model_type='llama'. nor the tokenizer has a mask token"),
     (lambda: llama(mask_token_id=2), "attends causally.*is_causal = False"),
     (lambda: llama(mask_token_id=99), "outside the model's vocabulary of 30"),
-    (bert, "not its output head applied to the last hidden state"),
+    (make_scaled, "not its output head applied to the last hidden state"),
 ]
 
 
@@ -340,8 +337,11 @@ def test_a_reference_that_is_not_a_masked_diffusion_model(tmp_path):
 
 
 def test_a_reference_with_another_mask_token(tmp_path):
-    with pytest.raises(ValueError, match="mask token of the model is 2, and its reference has 5"):
+    """Its tokenizer, which has another that is called mask, finds it first."""
+    with pytest.raises(ValueError, match="mask token is 5, which is .*eot_id.* the tokenizer has .*mdm_mask"):
         make_trainer(tmp_path, make_model(), ref_model=make_model(mask_token_id=5))
+    with pytest.raises(ValueError, match="mask token of the model is 2, and its reference has 5"):
+        check_same_vocabulary(make_model().config, make_model(mask_token_id=5).config, None)
 
 
 def test_a_tokenizer_without_end_of_text(tmp_path):

@@ -23,7 +23,7 @@ from trl_diffusion.models.encoders import ENCODERS
 from trl_diffusion.models.families import FAMILIES, family_of
 from trl_diffusion.models.family import Family
 
-TEXT = " ".join(WORDS)
+TEXT = " ".join(WORDS * 2)
 FACTS = ["configuration", "mask token", "tokenizer", "head", "causality", "shift", "padding", "template"]
 
 
@@ -34,7 +34,7 @@ def learnt():
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(100):
         hidden = torch.rand(ids.shape, generator=generator) < 0.5
         logits = model(input_ids=ids.masked_fill(hidden, 2)).logits
         torch.nn.functional.cross_entropy(logits[0], ids[0]).backward()

@@ -87,7 +87,7 @@ def check_placed(model: Any, name: str) -> None:
         )
 
 
-def check_same_vocabulary(config: Any, other: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_same_vocabulary(config: Any, other: Any, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuse a reference, of the configuration `other`, that cannot be scored on the policy's input."""
     cure = "The two have to be scored on the same input: use a reference of the same family and vocabulary."
     masks = [resolve_mask_token_id(each, tokenizer) for each in (config, other)]
