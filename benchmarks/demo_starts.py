@@ -6,7 +6,7 @@ What the demo reaches from one start to the next: other problems, students, mode
 
 A start is the whole demo, run as its command: pre-training, answers, alignment, test. How sums are rounded decides, in
 the end, which base model a seed makes, so that it is another one on another CPU. To have some of that on one machine,
-seeds take turns at the instructions that torch uses and at its number of threads (`ROUNDINGS`). Finished stages are
+seeds take turns at the instructions that torch uses (`INSTRUCTIONS`). Finished stages are
 kept in `runs/demo_starts`: the same command goes on where it was stopped, and `alignment.py` and `kto_baselines.py`
 train on the bases that are there.
 """
@@ -24,20 +24,20 @@ from counters import machine
 
 DEMOS = {"vrpo": "demo.py", "elbo-kto": "demo_kto.py"}
 ROOT = Path("runs/demo_starts")
-ROUNDINGS = 2 * (("default", 1), ("avx2", 1)) + (("default", 1), ("avx2", 2))  # ATEN_CPU_CAPABILITY and --threads
+INSTRUCTIONS = ("default", "avx2")  # ATEN_CPU_CAPABILITY, in turns
 # Two-sided 95% quantiles of Student's t, by degrees of freedom
 T_QUANTILE = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23, 11: 2.20}
 
 
-def roundings_of(seed: int) -> tuple[str, int]:
-    return ROUNDINGS[seed % len(ROUNDINGS)]
+def instructions_of(seed: int) -> str:
+    return INSTRUCTIONS[seed % len(INSTRUCTIONS)]
 
 
 def run_start(root: Path, method: str, seed: int) -> None:
     """Run a demo; its output goes to a file."""
-    instructions, threads = roundings_of(seed)
     script = Path(__file__).parents[1] / "examples" / DEMOS[method]
-    command = [sys.executable, script, "--seed", seed, "--threads", threads, "--output_dir", root]
+    command = [sys.executable, script, "--seed", seed, "--output_dir", root]
+    instructions = instructions_of(seed)
     environment = os.environ | ({} if instructions == "default" else {"ATEN_CPU_CAPABILITY": instructions})
     with open(root / f"{method}-{seed}.log", "a") as log:
         subprocess.run(list(map(str, command)), env=environment, stdout=log, stderr=log, check=True)
@@ -59,7 +59,7 @@ def mean_and_half_width(values: list[float]) -> str:
 
 
 def report(found: dict[int, dict]) -> None:
-    print("\n| seed | instructions, threads | every step right | gain | without the two verbs | with them |")
+    print("\n| seed | instructions | every step right | gain | without the two verbs | with them |")
     print("|---|---|---|---|---|---|")
     gains: dict[str, list[float]] = {"right": [], "plain": [], "tricky": []}
     for seed, result in found.items():
@@ -68,7 +68,7 @@ def report(found: dict[int, dict]) -> None:
             before, after = (result[when][key] for when in ("before", "after"))
             kept.append(after - before)
             cells += [f"{before:.1f} -> {after:.1f}"] + [f"{kept[-1]:+.1f}"] * (key == "right")
-        print(f"| {seed} | {', '.join(map(str, roundings_of(seed)))} | {' | '.join(cells)} |")
+        print(f"| {seed} | {instructions_of(seed)} | {' | '.join(cells)} |")
     for key, kept in gains.items():
         spread = f", standard deviation {statistics.stdev(kept):.1f}" if len(kept) > 1 else ""
         print(f"{key}: {mean_and_half_width(kept)} points over {len(kept)} starts{spread}, worst {min(kept):+.1f}")

@@ -116,13 +116,13 @@ def prepare(folder: Path, seed: int) -> dict:
         tokenizer.save_pretrained(folder / "base")
         model.save_pretrained(folder / "base")
     model = LLaDAModelLM.from_pretrained(folder / "base").eval()
+    made = {"model": model, "tokenizer": tokenizer, "splits": splits}
     for name, problems in {"train": splits["pairs"], "test": splits["test"][:HELD_OUT]}.items():
-        answers, pairs = (folder / data / f"{name}.jsonl" for data in ("thumbs", "pairs"))
-        keep_rows(
-            answers, partial(task.in_two_processes, task.sample_thumbs, model, tokenizer, problems, seed, **SAMPLING)
-        )
-        keep_rows(pairs, lambda answers=answers: task.pair_up(Dataset.from_list(read_rows(answers))))
-    return {"model": model, "tokenizer": tokenizer, "splits": splits}
+        sample = partial(task.in_two_processes, task.sample_thumbs, model, tokenizer, problems, seed, **SAMPLING)
+        answers = keep_rows(folder / "answers" / f"{name}.jsonl", sample)
+        for data, make in {"thumbs": task.contested, "pairs": task.pair_up}.items():
+            made[data, name] = keep_rows(folder / data / f"{name}.jsonl", partial(make, answers))
+    return made
 
 
 def discard_if_made_by_other_code(folder: Path, seed: int) -> None:
@@ -131,18 +131,19 @@ def discard_if_made_by_other_code(folder: Path, seed: int) -> None:
     key = blake2b(Path(task.__file__).read_bytes() + made_with, digest_size=8).hexdigest()
     made_by = folder / "made_by"
     if not made_by.exists() or made_by.read_text() != key:
-        for name in ("base", "pairs", "thumbs"):
+        for name in ("base", "answers", "pairs", "thumbs"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     made_by.write_text(key)
 
 
-def keep_rows(path: Path, make: Callable) -> None:
-    """Write the rows that `make` makes, once, and whole or not at all."""
+def keep_rows(path: Path, make: Callable[[], Dataset]) -> Dataset:
+    """The rows that `make` makes, made and written once, and whole or not at all."""
     if not path.exists():
         part = path.with_suffix(".part")
         make().to_json(part)
         part.rename(path)
+    return Dataset.from_list(list(map(json.loads, path.read_text().splitlines())))
 
 
 def align(folder: Path, output: Path, act: Act = VRPO, **changes) -> list[dict]:
@@ -225,10 +226,6 @@ def shares(tested: dict) -> dict:
 # --- running them ----------------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict]:
-    return list(map(json.loads, path.read_text().splitlines()))
-
-
 @contextmanager
 def stage(text: str):
     """Print what is being done, and how long it took."""
@@ -266,7 +263,7 @@ def _run(act: Act, arguments: argparse.Namespace) -> None:
     with stage("1-2. Pre-train on a careless student's homework; let the model answer problems, and mark its answers"):
         made = prepare(folder, arguments.seed)
     tokenizer, problems = made["tokenizer"], made["splits"]["test"]
-    rows = read_rows(folder / act.data / "train.jsonl")
+    rows = made[act.data, "train"]
     print(f"   {made['model'].num_parameters():,} parameters; {len(rows)} {act.data} to train on, for instance")
     report.print_row(rows[0], act.columns)
     with stage(f"3. Answer {len(problems)} held-out problems"):

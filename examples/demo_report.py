@@ -34,7 +34,7 @@ def verdict(before: dict, after: dict) -> str:
     else:
         lines.append(
             f"The answers got worse: {gain:+.1f} points of held-out problems, whatever the rewards say. The policy was "
-            "pushed away from its own answers; a lower `learning_rate` or a larger `beta` holds it."
+            "pushed away from its own answers, right ones too; a lower `learning_rate` holds it."
         )
     if plain <= -5:
         lines.append(f"It forgot some sums: {plain:+.1f} points of the problems that it could do before.")

@@ -14,6 +14,7 @@ import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from signal import SIG_DFL, SIGINT, signal
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -221,20 +222,27 @@ def sample_thumbs(
     )
 
 
-def pair_up(thumbs: Dataset) -> Dataset:
+def contested(marked: Dataset) -> Dataset:
+    """
+    The answers to prompts that have right and wrong ones. Where all have the same mark, it tells which problems are
+    hard, and not which answers are right.
+    """
+    marks: dict[str, set[bool]] = {}
+    for row in marked:
+        marks.setdefault(row["prompt"], set()).add(row["label"])
+    return marked.filter(lambda row: len(marks[row["prompt"]]) == 2)
+
+
+def pair_up(marked: Dataset) -> Dataset:
     """
     Pairs in the model's own words: of its answers to a prompt, the first right one is chosen and the first wrong one
     rejected. Prompts whose answers are all right or all wrong give no pair.
     """
     first: dict[str, dict[bool, str]] = {}
-    for row in thumbs:
+    for row in contested(marked):
         first.setdefault(row["prompt"], {}).setdefault(row["label"], row["completion"])
     return Dataset.from_list(
-        [
-            {"prompt": prompt, "chosen": texts[True], "rejected": texts[False]}
-            for prompt, texts in first.items()
-            if len(texts) == 2
-        ]
+        [{"prompt": prompt, "chosen": texts[True], "rejected": texts[False]} for prompt, texts in first.items()]
     )
 
 
@@ -246,7 +254,8 @@ def sample_pairs(model, tokenizer, problems: list[Problem], seed: int, samples=4
 def in_two_processes(sample, model, tokenizer, problems: list[Problem], *arguments, **keywords) -> Dataset:
     """What `sample` makes of the two halves of the problems, on two cores."""
     half = (len(problems) + 1) // 2
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+    quietly = {"initializer": signal, "initargs": (SIGINT, SIG_DFL)}  # an interrupt ends them without a word
+    with ProcessPoolExecutor(2, mp_context=get_context("fork"), **quietly) as pool:
         parts = [
             pool.submit(
                 sample, model, tokenizer, problems[start : start + half], *arguments, quiet=start > 0, **keywords
