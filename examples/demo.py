@@ -119,9 +119,9 @@ def prepare(folder: Path, seed: int) -> dict:
     made = {"model": model, "tokenizer": tokenizer, "splits": splits}
     for name, problems in {"train": splits["pairs"], "test": splits["test"][:HELD_OUT]}.items():
         sample = partial(task.in_two_processes, task.sample_thumbs, model, tokenizer, problems, seed, **SAMPLING)
-        answers = keep_rows(folder / "answers" / f"{name}.jsonl", sample)
-        for data, make in {"thumbs": task.contested, "pairs": task.pair_up}.items():
-            made[data, name] = keep_rows(folder / data / f"{name}.jsonl", partial(make, answers))
+        thumbs = keep_rows(folder / "thumbs" / f"{name}.jsonl", sample)
+        pairs = keep_rows(folder / "pairs" / f"{name}.jsonl", partial(task.pair_up, thumbs))
+        made[name] = {"thumbs": thumbs, "pairs": pairs}
     return made
 
 
@@ -131,7 +131,7 @@ def discard_if_made_by_other_code(folder: Path, seed: int) -> None:
     key = blake2b(Path(task.__file__).read_bytes() + made_with, digest_size=8).hexdigest()
     made_by = folder / "made_by"
     if not made_by.exists() or made_by.read_text() != key:
-        for name in ("base", "answers", "pairs", "thumbs"):
+        for name in ("base", "pairs", "thumbs"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     made_by.write_text(key)
@@ -263,7 +263,7 @@ def _run(act: Act, arguments: argparse.Namespace) -> None:
     with stage("1-2. Pre-train on a careless student's homework; let the model answer problems, and mark its answers"):
         made = prepare(folder, arguments.seed)
     tokenizer, problems = made["tokenizer"], made["splits"]["test"]
-    rows = made[act.data, "train"]
+    rows = made["train"][act.data]
     print(f"   {made['model'].num_parameters():,} parameters; {len(rows)} {act.data} to train on, for instance")
     report.print_row(rows[0], act.columns)
     with stage(f"3. Answer {len(problems)} held-out problems"):

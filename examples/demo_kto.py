@@ -2,8 +2,7 @@
 The second act of `demo.py`: the same small model, aligned with ELBO-KTO from thumbs instead of pairs.
 
 1. take the pre-trained model of `demo.py`, or make it;
-2. let it answer problems four times each, and mark every answer as right or wrong: no pairs, no answer but its own.
-   Problems that it always or never solves are left out: their marks tell which problems are hard, not what is right;
+2. let it answer problems four times each, and mark every answer as right or wrong: no pairs, no answer but its own;
 3. align it on the marked answers: `elbo_kto_lora.py`, which is the script for real models too;
 4. answer held-out problems before and after.
 """

@@ -222,27 +222,20 @@ def sample_thumbs(
     )
 
 
-def contested(marked: Dataset) -> Dataset:
-    """
-    The answers to prompts that have right and wrong ones. Where all have the same mark, it tells which problems are
-    hard, and not which answers are right.
-    """
-    marks: dict[str, set[bool]] = {}
-    for row in marked:
-        marks.setdefault(row["prompt"], set()).add(row["label"])
-    return marked.filter(lambda row: len(marks[row["prompt"]]) == 2)
-
-
-def pair_up(marked: Dataset) -> Dataset:
+def pair_up(thumbs: Dataset) -> Dataset:
     """
     Pairs in the model's own words: of its answers to a prompt, the first right one is chosen and the first wrong one
     rejected. Prompts whose answers are all right or all wrong give no pair.
     """
     first: dict[str, dict[bool, str]] = {}
-    for row in contested(marked):
+    for row in thumbs:
         first.setdefault(row["prompt"], {}).setdefault(row["label"], row["completion"])
     return Dataset.from_list(
-        [{"prompt": prompt, "chosen": texts[True], "rejected": texts[False]} for prompt, texts in first.items()]
+        [
+            {"prompt": prompt, "chosen": texts[True], "rejected": texts[False]}
+            for prompt, texts in first.items()
+            if len(texts) == 2
+        ]
     )
 
 
