@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .families import family_of
 from .logits import hidden_states
 from .trying import evaluating, trial_tokens
 
@@ -25,7 +26,7 @@ def check_attention(model: PreTrainedModel, mask_token_id: int) -> None:
     changed[:, -1] = mask_token_id
     with evaluating(model):
         logits, after_change = (model(input_ids=ids).logits for ids in (tokens, changed))
-        layer = _causal_layer(model, tokens)
+        layer = _causal_layer(model, tokens) if family_of(model.config).attention == "full" else ""
     if torch.equal(logits[:, 0], after_change[:, 0]):
         raise ValueError(
             f"`{name}` attends causally: its prediction for the first token does not change with the last. Masked "
