@@ -67,35 +67,13 @@ from trl_diffusion.cli.quiet import quiet_start
 
 quiet_start()
 
-from trl import DatasetMixtureConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl_diffusion.cli.training import ELBO_KTO
 
-from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer
-from trl_diffusion.cli.arguments import TrainedModelConfig, load_datasets, with_model_init_kwargs
-from trl_diffusion.cli.parser import OptionParser
-
-
-def main(script_args, training_args, model_args, dataset_args):
-    trainer = ELBOKTOTrainer(
-        model=model_args.model_name_or_path,
-        args=with_model_init_kwargs(training_args, model_args),
-        **load_datasets(script_args, training_args, dataset_args),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.accelerator.print("Training completed.")
-
-    trainer.save_model(training_args.output_dir)
-    trainer.save_state()
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.end()
+main = ELBO_KTO.run
 
 
 def make_parser():
-    return OptionParser((ScriptArguments, ELBOKTOConfig, TrainedModelConfig, DatasetMixtureConfig))
+    return ELBO_KTO.parser()
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_help_has_our_options_first_and_each_option_once(name):
         titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
         assert titles == [
             *("Of this package", "Model and adapter (TRL)", "Data (TRL)"),
-            *("Preference optimisation (TRL)", "Training (transformers)"),
+            *("Trainer (TRL)", "Training (transformers)"),
         ]
     short, everything = (re.findall(r"^  --([\w-]+)", text, re.MULTILINE) for text in texts)
     assert len(set(everything)) == len(everything)

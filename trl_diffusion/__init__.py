@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .estimators.control_variate import ControlVariate
     from .estimators.draws import MaskDraws, MaskSampler, draw_masks
     from .estimators.elbo import ELBO, elbo
+    from .evaluation.likelihood import Likelihood, likelihood
     from .evaluation.pairs import sample_pairs
     from .models import LLaDAConfig, LLaDAModelLM
     from .planning.memory import MemoryEstimate, estimate_memory
@@ -40,6 +41,7 @@ _HOMES = {
     "FamilyReport": "checks.family",
     "LLaDAConfig": "models",
     "LLaDAModelLM": "models",
+    "Likelihood": "evaluation.likelihood",
     "MaskDraws": "estimators.draws",
     "MaskSampler": "estimators.draws",
     "MemoryEstimate": "planning.memory",
@@ -49,6 +51,7 @@ _HOMES = {
     "draw_masks": "estimators.draws",
     "elbo": "estimators.elbo",
     "estimate_memory": "planning.memory",
+    "likelihood": "evaluation.likelihood",
     "sample_pairs": "evaluation.pairs",
 }
 
@@ -64,6 +67,7 @@ __all__ = [
     "FamilyReport",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "Likelihood",
     "MaskDraws",
     "MaskSampler",
     "MemoryEstimate",
@@ -74,6 +78,7 @@ __all__ = [
     "draw_masks",
     "elbo",
     "estimate_memory",
+    "likelihood",
     "sample_pairs",
 ]
 

@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from accelerate import PartialState
 from datasets import load_dataset
 
-from ..scoring.door import ModelConfig, get_dataset
+from ..models.denoiser import resolve_mask_token_id
+from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
+from ..trainers.loading import find_model, load_model, load_tokenizer
 
 
 @dataclass
@@ -105,3 +108,30 @@ def _split(dataset: Any, option: str, script_args: Any) -> Any:
     if option == "dataset_test_split":
         hint += " Without `--eval_strategy` none is needed."
     raise ValueError(f"The dataset has no split {split!r} (`--{option}`), it has {list(dataset)}. {hint}")
+
+
+def load_to_use(model_args: Any, use_cpu: bool) -> tuple[Any, Any]:
+    """The model, with its adapter if the path is that of one, on its device and ready to be asked; its tokenizer."""
+    device = PartialState(cpu=use_cpu).device
+    options = {
+        "trust_remote_code": model_args.trust_remote_code,
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
+        "device_map": None if device.type == "cpu" else {"": device},
+    }
+    options = {name: value for name, value in options.items() if value is not None or name == "device_map"}
+    source = find_model(model_args.model_name_or_path, options)
+    tokenizer = load_tokenizer(source, options)
+    model = load_model(source, options).eval().requires_grad_(False)
+    model.config.mask_token_id = resolve_mask_token_id(source.config, tokenizer)
+    return model, tokenizer
+
+
+def load_rows(script_args: Any, split: str) -> Any:
+    """The split of the dataset that `--dataset_name` names."""
+    if not script_args.dataset_name:
+        raise ValueError("`--dataset_name` is missing: give a folder, or the name of a dataset on the hub.")
+    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    return _split(dataset, split, script_args)

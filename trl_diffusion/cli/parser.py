@@ -18,7 +18,7 @@ from ..scoring.door import DatasetMixtureConfig, ModelConfig, ScriptArguments, T
 
 _OURS = "Of this package"
 _BY_CLASS = {ModelConfig: "Model and adapter (TRL)", ScriptArguments: "Data (TRL)", DatasetMixtureConfig: "Data (TRL)"}
-_BY_LIBRARY = {"trl": "Preference optimisation (TRL)", "transformers": "Training (transformers)"}
+_BY_LIBRARY = {"trl": "Trainer (TRL)", "transformers": "Training (transformers)"}
 _TRAINING = _BY_LIBRARY["transformers"]
 # Of the hundreds of transformers, those that most runs set: the others are listed by `--help-all`
 _MOST_USED = (
@@ -35,11 +35,13 @@ class OptionParser(TrlParser):
 
     Args:
         dataclass_types: configurations whose fields are the options.
+        prog: name of the program; by default that of the script.
     """
 
-    def __init__(self, dataclass_types: Iterable[type]):
+    def __init__(self, dataclass_types: Iterable[type], prog: str | None = None):
         super().__init__(
             dataclass_types,
+            prog=prog,
             allow_abbrev=False,
             usage="%(prog)s [--config FILE.yaml] [--option value ...]",
             description="Options may stand in the YAML file too; those of the command line take precedence. What is "

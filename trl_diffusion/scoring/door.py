@@ -49,6 +49,8 @@ from trl import (
     SFTTrainer,
     TrlParser,
     get_dataset,
+    get_peft_config,
+    get_quantization_config,
 )
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import prepare_deepspeed
@@ -73,6 +75,8 @@ __all__ = [
     "TrlParser",
     "check_asked_for",
     "get_dataset",
+    "get_peft_config",
+    "get_quantization_config",
     "hash_module",
     "maybe_gather_lm_head_ctx",
     "prepare_deepspeed",

@@ -1,0 +1,175 @@
+"""The likelihood of texts against enumeration and loops written by hand; windows, bytes, and what is kept."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+from oracles import subsets
+from peft import LoraConfig, get_peft_model
+
+from trl_diffusion import Likelihood, likelihood
+from trl_diffusion.evaluation import likelihood as module
+from trl_diffusion.evaluation.windows import windows_of
+
+MASK = 2
+TEXTS = ["what is one plus", "say hi", "red green blue you say"]
+
+
+def score(texts=TEXTS, *, model=None, **options):
+    return likelihood(model or make_model(), make_tokenizer(), texts, **options)
+
+
+def log_probs(model, ids, hidden):
+    """Of the tokens at `hidden`, with these hidden."""
+    noised = torch.tensor([[MASK if i in hidden else token for i, token in enumerate(ids)]])
+    found = model(noised).logits[0].double().log_softmax(-1)
+    return {i: found[i, ids[i]].item() for i in hidden}
+
+
+def by_chain_rule(model, ids, order):
+    return sum(log_probs(model, ids, order[j:])[order[j]] for j in range(len(order)))
+
+
+def exact_elbo(model, ids):
+    """Over every mask."""
+    number = len(ids)
+    weights = {m: 1 / (len(m) * math.comb(number, len(m))) for m in subsets(number)}
+    return sum(weight * sum(log_probs(model, ids, m).values()) for m, weight in weights.items())
+
+
+@torch.no_grad()
+def test_the_elbo_is_the_mean_of_the_chain_rule_over_all_orders():
+    """RADD's equivalence, by enumeration of both; the estimate is within its errors of it."""
+    model, ids = make_model(), make_tokenizer()(TEXTS[0])["input_ids"]
+    orders = [by_chain_rule(model, ids, order) for order in itertools.permutations(range(4))]
+    exact = sum(orders) / len(orders)
+    assert exact_elbo(model, ids) == pytest.approx(exact, rel=1e-6)
+    found = score([TEXTS[0]], model=model, num_mc_samples=512)
+    assert 0 < found.standard_error < 0.2 and abs(found.nats - exact) < 4 * found.standard_error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", ["left_to_right", "right_to_left"])
+def test_the_chain_rule_in_a_given_order(order):
+    model, tokenizer = make_model(), make_tokenizer()
+    found = score(model=model, method="chain_rule", order=order)
+    for row, text in zip(found.rows, TEXTS, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        places = list(range(len(ids)))[:: 1 if order == "left_to_right" else -1]
+        assert row["nats"] == pytest.approx(by_chain_rule(model, ids, places), rel=1e-5)
+        assert row["standard_error"] == 0 and row["tokens"] == len(ids) and row["bytes"] == len(text)
+
+
+@torch.no_grad()
+def test_a_random_order_is_one_and_another_seed_another():
+    model, ids = make_model(), make_tokenizer()(TEXTS[0])["input_ids"]
+    all_orders = [by_chain_rule(model, ids, order) for order in itertools.permutations(range(4))]
+    found = [score([TEXTS[0]], model=model, method="chain_rule", order="random", seed=s).nats for s in range(4)]
+    assert all(min(abs(value - other) for other in all_orders) < 1e-4 for value in found) and len({*found}) > 1
+    assert found[1] == score([TEXTS[0]], model=model, method="chain_rule", order="random", seed=1).nats
+
+
+@torch.no_grad()
+def test_a_completion_given_its_prompt():
+    model, tokenizer = make_model(), make_tokenizer()
+    rows = Dataset.from_dict({"prompt": ["what is "], "completion": ["one plus two"]})
+    found = score(rows, model=model, method="chain_rule")
+    ids = tokenizer("what is one plus two")["input_ids"]
+    assert found.nats == pytest.approx(by_chain_rule(model, ids, [2, 3, 4]), rel=1e-5)
+    assert (found.tokens, found.bytes) == (3, len("one plus two"))
+
+
+def test_perplexities_and_their_errors():
+    rows = [{"nats": -6.0, "standard_error": 0.3, "tokens": 2, "bytes": 8}]
+    rows += [{"nats": -2.0, "standard_error": 0.4, "tokens": 2, "bytes": 12}]
+    found = Likelihood.of(rows)
+    assert (found.nats, found.tokens, found.bytes) == (-8.0, 4, 20) and found.standard_error == pytest.approx(0.5)
+    for unit, number in (("tokens", 4), ("bytes", 20)):
+        value, error = found.perplexity(unit)
+        assert value == pytest.approx(math.exp(8 / number))
+        low, high = math.exp((8 - 1e-3) / number), math.exp((8 + 1e-3) / number)  # a derivative by differences
+        assert error == pytest.approx(0.5 * (high - low) / 2e-3, rel=1e-5)
+    assert found.bits_per_byte == (pytest.approx(8 / 20 / math.log(2)), pytest.approx(0.5 / 20 / math.log(2)))
+    assert f"perplexity per token  {math.exp(2):>14.4f}" in str(found)
+
+
+# Windows
+
+
+def test_windows_hold_every_token_and_byte_once():
+    tokenizer = make_tokenizer()
+    text = "one two three four five six seven"
+    for longest in (1, 2, 3, 7, None):
+        windows = windows_of([{"text": text}, {"text": "say hi"}], tokenizer, MASK, longest)
+        assert [w.number for w in windows] == list(range(len(windows)))
+        scored = [token for w in windows for token in w.ids[w.begin :]]
+        assert scored == tokenizer(text + " say hi")["input_ids"]
+        assert sum(w.bytes for w in windows) == len(text) + len("say hi")
+        assert all(len(w.ids) <= (longest or 7) for w in windows)
+
+
+def test_a_text_that_is_too_long_is_scored_in_windows():
+    whole = score(["one two three", "four five"], method="chain_rule", max_length=None)
+    cut = score(["one two three four five"], method="chain_rule", max_length=3)
+    assert cut.nats == pytest.approx(whole.nats, rel=1e-6) and len(cut.rows) == 2
+
+
+@pytest.mark.parametrize(
+    "texts, options, error, message",
+    [
+        ([], {}, ValueError, "`texts` is empty"),
+        (["say hi", ""], {}, ValueError, "Text 1 has no token to score"),
+        (["say <|mdm_mask|>"], {}, ValueError, "Text 0 contains the mask token"),
+        ("say hi", {}, TypeError, "must be a `Dataset` or a list of texts, got `str`"),
+        (Dataset.from_dict({"body": ["hi"]}), {}, ValueError, r"has columns \['body'\], and needs `text`"),
+        (["say hi"], {"method": "exact"}, ValueError, "`method` must be one of"),
+        (["say hi"], {"order": "best"}, ValueError, "`order` one of"),
+        (["say hi"], {"num_mc_samples": 0}, ValueError, "`num_mc_samples` must be at least 1"),
+        (["say hi"], {"mask_scheme": "half"}, ValueError, "`scheme` must be one of"),
+        (
+            Dataset.from_dict({"prompt": ["what is "], "completion": ["one two"]}),
+            {"max_length": 3},
+            ValueError,
+            "Row 0 has 4 tokens, prompt and completion, and 3 fit",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_named(texts, options, error, message):
+    with pytest.raises(error, match=message):
+        score(texts, **options)
+
+
+# What is kept
+
+
+def test_an_interrupted_call_goes_on(tmp_path, monkeypatch):
+    whole = score(num_mc_samples=4)
+    calls = []
+    plain = module._Scorer.__call__
+
+    def counted(scorer, window):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(window.number)
+        return plain(scorer, window)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Scorer, "__call__", counted)
+        score(num_mc_samples=4, output_dir=str(tmp_path))
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Scorer, "__call__", counted)
+        found = score(num_mc_samples=4, output_dir=str(tmp_path))
+    assert calls == [2] and found.nats == whole.nats and found.standard_error == whole.standard_error
+    with pytest.raises(ValueError, match="is of another run: `num_mc_samples` was 4 and is 8"):
+        score(num_mc_samples=8, output_dir=str(tmp_path))
+
+
+def test_an_adapter_is_part_of_the_model_and_modes_are_left_alone():
+    torch.manual_seed(0)
+    adapted = get_peft_model(make_model(), LoraConfig(r=4, init_lora_weights=False)).train()
+    assert score(model=adapted, method="chain_rule").nats != score(method="chain_rule").nats
+    assert all(module.training for module in adapted.modules())

@@ -1,0 +1,90 @@
+"""Commands that measure: the likelihood of texts, and the noise of a preference score."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..diagnosis.diagnose import diagnose_variance
+from ..evaluation.likelihood import METHODS, ORDERS, likelihood
+from ..scoring.door import DatasetMixtureConfig, ScriptArguments, get_quantization_config
+from ..trainers.vrpo.config import DiffusionVRPOConfig
+from .arguments import DiffusionModelConfig, load_datasets, load_rows, load_to_use, with_model_init_kwargs
+from .command import Command
+
+
+@dataclass
+class ScoreArguments:
+    """What is scored, and how."""
+
+    text_files: list[str] = field(
+        default_factory=list, metadata={"help": "Files whose whole text is scored, instead of a dataset."}
+    )
+    method: str = field(
+        default="elbo",
+        metadata={"help": "A Monte Carlo estimate, or the chain rule in one order.", "choices": list(METHODS)},
+    )
+    order: str = field(default="left_to_right", metadata={"help": "Of the chain rule.", "choices": list(ORDERS)})
+    num_mc_samples: int = field(default=128, metadata={"help": "Mask draws for each text."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens that are scored together; longer texts are cut into windows."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the masks."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where finished rows are kept, to go on from there."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Whether to run on the CPU where there is a GPU."})
+
+
+@dataclass
+class DiagnosisArguments:
+    """What is measured."""
+
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Adapter of the policy, whose reference is the model without it."}
+    )
+    num_pairs: int = field(default=16, metadata={"help": "Pairs that are scored."})
+    num_draws: int = field(default=64, metadata={"help": "Draws of each response, a multiple of 32."})
+    target_standard_error: float = field(default=0.5, metadata={"help": "What the recommended K has to reach."})
+
+
+def score(script_args: Any, model_args: Any, arguments: ScoreArguments) -> None:
+    """Print the likelihood of texts."""
+    if arguments.text_files:
+        texts: Any = [Path(name).read_text() for name in arguments.text_files]
+    else:
+        texts = load_rows(script_args, "dataset_test_split")
+    model, tokenizer = load_to_use(model_args, arguments.use_cpu)
+    options = ("method", "order", "num_mc_samples", "max_length", "seed", "output_dir")
+    print(likelihood(model, tokenizer, texts, **{name: getattr(arguments, name) for name in options}))
+
+
+def diagnose(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, diagnosis: Any) -> None:
+    """Print how noisy the score is, and which estimator to take."""
+    report = diagnose_variance(
+        diagnosis.adapter_name_or_path or model_args.model_name_or_path,
+        dataset=load_datasets(script_args, training_args, dataset_args)["train_dataset"],
+        args=with_model_init_kwargs(training_args, model_args),
+        quantization_config=get_quantization_config(model_args),
+        num_pairs=diagnosis.num_pairs,
+        num_draws=diagnosis.num_draws,
+        target_standard_error=diagnosis.target_standard_error,
+    )
+    print(report)
+
+
+SCORE = Command(
+    "score",
+    "Estimates the likelihood of texts, with its error: nats, and perplexity per token and per byte.",
+    """--model_name_or_path GSAI-ML/LLaDA-8B-Base --dtype bfloat16 \\
+        --text_files book.txt --max_length 1024 --output_dir scores""",
+    (ScriptArguments, DiffusionModelConfig, ScoreArguments),
+    score,
+)
+DIAGNOSE = Command(
+    "diagnose",
+    "Says how noisy the preference score is on your model and data, and which estimator to take: before training.",
+    """--model_name_or_path GSAI-ML/LLaDA-8B-Instruct --load_in_4bit \\
+        --dataset_name trl-lib/ultrafeedback_binarized --output_dir diagnosis""",
+    (ScriptArguments, DiffusionVRPOConfig, DiffusionModelConfig, DatasetMixtureConfig, DiagnosisArguments),
+    diagnose,
+)

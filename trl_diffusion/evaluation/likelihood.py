@@ -1,0 +1,256 @@
+"""
+The likelihood of texts: a Monte Carlo estimate of their ELBO with its error, or the chain rule in one order.
+
+By the chain rule, with s a permutation of the N tokens that are scored,
+
+    log p_s(x) = sum_j log p(x_s(j) | x_s(1), ..., x_s(j-1)),
+
+in which everything that comes later in s is masked. It is a likelihood for every s, exact, and costs N forwards. The
+ELBO is the mean of these over all s (RADD, arXiv 2406.03736), estimated in any number of forwards. Both are sums over
+masks that the head scores: those of the chain rule have no randomness but that of s.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..estimators.draws import MaskDraws, draw_masks
+from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
+from ..models.families import family_of
+from ..models.positions import position_limit
+from ..scoring.door import hash_module
+from ..scoring.head import ELBOHead
+from ..scoring.key import scoring_key
+from ..scoring.responses import cut
+from .ledger import Ledger, processes_of
+from .windows import Window, windows_of
+
+METHODS = ("elbo", "chain_rule")
+ORDERS = ("left_to_right", "right_to_left", "random")
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """
+    Of some texts together. `str()` is a table.
+
+    Args:
+        nats: estimate of their log-likelihood: the ELBO, a lower bound, or the chain rule's.
+        standard_error: of the estimate, from the spread of its masks; 0 by the chain rule. NaN for a single draw.
+        tokens: that were scored.
+        bytes: of the texts that these tokens stand for, in UTF-8.
+        rows: `nats`, `standard_error`, `tokens` and `bytes` of each text, or of each window of one.
+    """
+
+    nats: float
+    standard_error: float
+    tokens: int
+    bytes: int
+    rows: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> "Likelihood":
+        """Of rows that were scored independently."""
+        error = math.sqrt(sum(row["standard_error"] ** 2 for row in rows))
+        nats, tokens, size = (sum(row[name] for row in rows) for name in ("nats", "tokens", "bytes"))
+        return cls(nats, error, tokens, size, tuple(rows))
+
+    def perplexity(self, unit: str = "tokens") -> tuple[float, float]:
+        """
+        `exp(-nats / number of units)` and its standard error, to first order; of an ELBO an upper bound.
+
+        Args:
+            unit: `"tokens"` or `"bytes"`.
+        """
+        number = getattr(self, unit)
+        value = math.exp(-self.nats / number)
+        return value, value * self.standard_error / number
+
+    @property
+    def bits_per_byte(self) -> tuple[float, float]:
+        """`-log2(p) / bytes` and its standard error."""
+        return -self.nats / self.bytes / math.log(2), self.standard_error / self.bytes / math.log(2)
+
+    def __str__(self) -> str:
+        named = {
+            "nats": (self.nats, self.standard_error),
+            "nats per token": (self.nats / self.tokens, self.standard_error / self.tokens),
+            "perplexity per token": self.perplexity(),
+            "perplexity per byte": self.perplexity("bytes"),
+            "bits per byte": self.bits_per_byte,
+        }
+        head = f"{len(self.rows)} texts or windows, {self.tokens} tokens, {self.bytes} bytes"
+        return "\n".join([head, *(f"{name:<22}{value:>14.4f} ± {error:.4f}" for name, (value, error) in named.items())])
+
+
+def likelihood(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Any,
+    *,
+    method: str = "elbo",
+    order: str = "left_to_right",
+    num_mc_samples: int = 128,
+    mask_scheme: str = "mirror",
+    stratify: bool = True,
+    control_variate: str = "leave_one_out",
+    max_length: int | None = None,
+    draws_per_forward: int | None = None,
+    seed: int = 0,
+    output_dir: str | None = None,
+) -> Likelihood:
+    """
+    Score texts, or completions given their prompts.
+
+    Args:
+        model: a masked diffusion model, with an adapter or without.
+        tokenizer: its own.
+        texts: a dataset with a column `text`, or with `prompt` and `completion`, of which the completion is scored; or
+            a list of texts. Texts are scored whole, from their first token on.
+        method: `"elbo"`, or `"chain_rule"`.
+        order: of the chain rule; `"random"` draws one for each text from `seed`.
+        num_mc_samples: draws for each text.
+        mask_scheme, stratify, control_variate: how masks are drawn, as in the trainers.
+        max_length: tokens that are scored together; by default as many as the model has positions for. A longer text is
+            cut into windows, each of which is scored by itself. A prompt is never cut.
+        draws_per_forward: masks that run through the model together.
+        seed: of the masks.
+        output_dir: where finished rows are kept; the same call goes on from there.
+
+    Returns:
+        [`Likelihood`].
+
+    Raises:
+        ValueError: values that do not fit, no texts, one without a token or with the mask token, a prompt that leaves
+            no room, or a folder with rows of another run.
+    """
+    scorer = _Scorer.of(model, tokenizer, draws_per_forward, _drawing(method, order, seed))
+    scheme = {"num_mc_samples": num_mc_samples, "scheme": mask_scheme, "stratify": stratify}
+    if method == "elbo":
+        scorer.drawing.update(scheme, control_variate=control_variate)
+    limits = [limit for limit in (max_length, position_limit(scorer.model)) if limit is not None]
+    windows = windows_of(
+        _rows(texts), tokenizer, scorer.mask_token_id, min(limits, default=None), scorer.first_is_shown
+    )
+    with evaluating(scorer.model), torch.no_grad():
+        if output_dir is None:
+            return Likelihood.of([scorer(window) for window in tqdm(windows, desc="scoring")])
+        function = scoring_key(model, scorer.mask_token_id, "no")
+        key = {"model": hash_module(model), "function": function, "texts": _hash(windows), **scorer.drawing}
+        return Likelihood.of(_kept(windows, scorer, key, Path(output_dir)))
+
+
+def _drawing(method: str, order: str, seed: int) -> dict[str, Any]:
+    if method not in METHODS or order not in ORDERS:
+        raise ValueError(f"`method` must be one of {METHODS}, `order` one of {ORDERS}, got {method!r} and {order!r}.")
+    return {"seed": seed} if method == "elbo" else {"order": order, "seed": seed}
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """
+    Scores windows.
+
+    Args:
+        model: below its adapter.
+        mask_token_id: the mask token.
+        draws_per_forward: masks that run together.
+        drawing: how masks are drawn; with an `order` by the chain rule.
+    """
+
+    model: Any
+    mask_token_id: int
+    draws_per_forward: int | None
+    drawing: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, draws_per_forward: int | None, drawing: dict[str, Any]) -> "_Scorer":
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        mask_token_id = resolve_mask_token_id(base.config, tokenizer)
+        check_denoiser(base, mask_token_id)
+        return cls(base, mask_token_id, draws_per_forward, drawing)
+
+    @property
+    def first_is_shown(self) -> bool:
+        family = family_of(self.model.config)
+        return bool(family.logit_shift) and family.first_token == "nothing"
+
+    def __call__(self, window: Window) -> dict[str, Any]:
+        ids = torch.tensor([window.ids], device=self.model.device)
+        maskable = torch.arange(len(window.ids), device=ids.device)[None] >= window.begin
+        is_exact = "order" in self.drawing
+        draw = partial(chain_rule, nonce=window.number) if is_exact else partial(draw_masks, rows=ids)
+        draws = draw(maskable, **self.drawing)
+        head = ELBOHead(_never, self.mask_token_id, self.draws_per_forward)
+        responses = cut(ids, torch.ones_like(maskable), draws, self.draws_per_forward)
+        out = head.score(self.model, responses, maskable, draws)
+        error = 0.0 if is_exact else out.standard_error.item()
+        size = {"tokens": len(window.ids) - window.begin, "bytes": window.bytes}
+        return {"nats": out.value.double().item(), "standard_error": error, **size}
+
+
+def _kept(windows: list[Window], score: _Scorer, key: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Rows of all windows, each scored by one process and kept."""
+    state = processes_of(score.model)
+    ledger = Ledger(folder, "likelihood", key, state.process_index)
+    state.wait_for_everyone()
+    mine = windows[state.process_index :: state.num_processes]
+    for window in tqdm(mine, desc="scoring", disable=not state.is_main_process):
+        if window.number not in ledger.rows:
+            ledger.add(window.number, **score(window))
+    state.wait_for_everyone()
+    ledger.read()
+    return [ledger.rows[window.number] for window in windows]
+
+
+def chain_rule(maskable: torch.Tensor, order: str = "left_to_right", seed: int = 0, nonce: int = 0) -> MaskDraws:
+    """
+    The masks of the chain rule for one row, as draws: in the j-th the tokens from the j-th on are hidden, and the first
+    of these has the weight 1.
+
+    Args:
+        maskable: `(1, L)` bool, the tokens that are scored.
+        order: one of [`ORDERS`].
+        seed, nonce: of a random order.
+    """
+    places = maskable[0].nonzero().squeeze(1)
+    if order == "right_to_left":
+        places = places.flip(0)
+    if order == "random":
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + nonce) % 2**63)
+        places = places[torch.randperm(len(places), generator=generator).to(places.device)]
+    rank = torch.full_like(maskable[0], -1, dtype=torch.long)
+    rank[places] = torch.arange(len(places), device=places.device)
+    steps = torch.arange(len(places), device=places.device).unsqueeze(1)  # (N, 1)
+    return MaskDraws((rank >= steps)[:, None], (rank == steps).float()[:, None])
+
+
+def _rows(texts: Any) -> list[dict[str, str]]:
+    if isinstance(texts, Dataset):
+        for columns in (["prompt", "completion"], ["text"]):
+            if set(columns) <= set(texts.column_names):
+                return texts.select_columns(columns).to_list()
+        raise ValueError(
+            f"`texts` has the columns {texts.column_names}, and needs `text`, or `prompt` and `completion`."
+        )
+    if isinstance(texts, Iterable) and not isinstance(texts, str | dict):
+        return [{"text": text} for text in texts]
+    raise TypeError(f"`texts` must be a `Dataset` or a list of texts, got `{type(texts).__name__}`.")
+
+
+def _hash(windows: list[Window]) -> str:
+    return blake2b(repr([(w.ids, w.begin) for w in windows]).encode(), digest_size=16).hexdigest()
+
+
+def _never(*args: Any) -> MaskDraws:
+    raise NotImplementedError  # the draws are at hand
