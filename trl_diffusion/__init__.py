@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .estimators.control_variate import ControlVariate
     from .estimators.draws import MaskDraws, MaskSampler, draw_masks
     from .estimators.elbo import ELBO, elbo
+    from .evaluation.callback import WinRateCallback
     from .evaluation.likelihood import Likelihood, likelihood
     from .evaluation.pairs import sample_pairs
     from .models import LLaDAConfig, LLaDAModelLM
@@ -46,6 +47,7 @@ _HOMES = {
     "MaskSampler": "estimators.draws",
     "MemoryEstimate": "planning.memory",
     "VarianceReport": "diagnosis.report",
+    "WinRateCallback": "evaluation.callback",
     "check_family": "checks.family",
     "diagnose_variance": "diagnosis.diagnose",
     "draw_masks": "estimators.draws",
@@ -72,6 +74,7 @@ __all__ = [
     "MaskSampler",
     "MemoryEstimate",
     "VarianceReport",
+    "WinRateCallback",
     "__version__",
     "check_family",
     "diagnose_variance",

@@ -65,6 +65,7 @@ RULES: dict[str, Rule] = {
         lambda v: _is_a(v, Real) and 0 <= v < 0.5, "in [0, 0.5), above which it turns preferences round"
     ),
     "eos_padding": _count(0),
+    "displacement_warning": _optional(Rule(lambda v: _is_a(v, Real) and v > 0, "a finite number above 0")),
     "completion_only_loss": Rule(lambda v: v in (None, True), "None or True: what was given is shown, never learnt"),
     "chat_template_path": Rule(
         lambda v: v is None or str(v).endswith((".jinja", ".j2")),

@@ -159,7 +159,7 @@ def _score(prompts: Prompts, answered: list[dict[str, Any]], rewards: Rewards, s
     given = [prompts.rows[number] for number, _, _ in each]
     found = rewards(
         [row["prompt"] for row in given],
-        [_completion(text, prompts.conversational) for _, text, _ in each],
+        [completion_of(text, prompts.conversational) for _, text, _ in each],
         [ids for _, _, ids in each],
         {name: [row[name] for row in given] for name in prompts.columns},
     )
@@ -168,7 +168,8 @@ def _score(prompts: Prompts, answered: list[dict[str, Any]], rewards: Rewards, s
         scores.add(row["number"], rewards=[next(of_answers) for _ in row["texts"]])
 
 
-def _completion(text: str, conversational: bool) -> Any:
+def completion_of(text: str, conversational: bool) -> Any:
+    """An answer in the form of its prompt."""
     return [{"role": "assistant", "content": text}] if conversational else text
 
 
@@ -178,7 +179,7 @@ def _rows(
     """Rows to train on, with where they come from."""
     for number, given in enumerate(prompts.rows):
         texts = samples[number]["texts"]
-        answers = [_completion(text, prompts.conversational) for text in texts]
+        answers = [completion_of(text, prompts.conversational) for text in texts]
         totals = [rewards.total(each) for each in scores[number]["rewards"]]
         for i, *others in choose(texts, totals):
             row = {"prompt": given["prompt"], "chosen": answers[i], "score_chosen": totals[i], "sample_chosen": i}

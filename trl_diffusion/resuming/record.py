@@ -43,7 +43,7 @@ DIFFERENCES: dict[str, Difference | None] = {
     **dict.fromkeys(("f_alpha_divergence_coef", "discopop_tau", "sync_ref_model"), OBJECTIVE),
     **dict.fromkeys(("num_mc_samples", "mask_scheme", "stratify", "control_variate", "couple_pairs"), NOISE),
     **dict.fromkeys(("level_concentration", "share_draws", "num_reference_draw_sets"), NOISE),
-    **dict.fromkeys(("draws_per_forward", "elbo_gradient", "append_eos"), SILENT),
+    **dict.fromkeys(("draws_per_forward", "elbo_gradient", "append_eos", "displacement_warning"), SILENT),
     "adapter_dtype": Difference(False, "updates are rounded in another way"),
     "precompute_ref_log_probs": Difference(
         False, "masks are the same in every epoch with a precomputed reference, and new at every step without"

@@ -198,6 +198,15 @@ class ComparisonArguments(ELBOArguments):
         },
     )
 
+    displacement_warning: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "Nats per token: warn once when the ELBO of chosen (desirable) responses has fallen by more than "
+            "this since the start while margins rose, which is called likelihood displacement. None is off; "
+            "`elbo/change_chosen` and `elbo/change_rejected` are logged all the same."
+        },
+    )
+
     def check_before(self, loss_types: tuple[str, ...], *owners: type) -> None:
         """Refuse values that make no estimator, or no run; before TRL's own `__post_init__` acts on them."""
         super().check_before(loss_types, ComparisonArguments, *owners)

@@ -24,6 +24,7 @@ from ..scoring.gradients import SHARDED
 from ..scoring.head import FIXED_NONCE, on_draws
 from ..scoring.precision import warn_of_lost_updates
 from ..scoring.ready_adapter import tensors_of
+from .displacement import DisplacementWatch
 
 logger = get_logger(__name__)
 
@@ -60,6 +61,8 @@ def check_before_training(trainer: Any) -> None:
     if not placed_later or (trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision == "no"):
         # DeepSpeed trains a copy in float32, and so does FSDP in mixed precision
         warn_of_lost_updates(trainer.model, trainer.args.learning_rate, logger.warning)
+    if trainer._has_reference and trainer.args.displacement_warning is not None:
+        trainer.add_callback(DisplacementWatch(trainer.args.displacement_warning))
     if trainer._reference_is_given or not trainer._has_reference:
         return
     if not trainer.precompute_ref_logps:

@@ -9,8 +9,8 @@ import torch
 
 from ..metrics import saturation
 
-# By name: (B,) each. `elbo` and `log_ratio` in nats, `desirable` bool, `mismatched` the log-ratios of mismatched pairs
-# where the baseline needs them, and the diagnostics, whose names begin with `elbo/`
+# By name: (B,) each. `elbo` and `log_ratio` in nats, `desirable` bool, `response_tokens` their number, `mismatched` the
+# log-ratios of mismatched pairs where the baseline needs them, and the diagnostics, whose names begin with `elbo/`
 Rows = dict[str, torch.Tensor]
 
 
@@ -38,6 +38,7 @@ def metrics(rows: Rows, baseline: torch.Tensor, beta: float) -> dict[str, float]
             logged[f"rewards/{trl_name}"] = beta * log_ratio[of_class]
             logged[f"logps/{trl_name}"] = rows["elbo"][of_class]
             logged[f"kto/margins_{name}"] = margin[of_class]
+            logged[f"elbo/change_{trl_name}"] = (log_ratio / rows["response_tokens"])[of_class]
     means = {name: value.double().mean().item() for name, value in logged.items()}
     if bool(desirable.any()) and not bool(desirable.all()):
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]

@@ -154,6 +154,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
             return policy(input_ids=ids, attention_mask=real, labels=labels, fused_lm_head=True).log_probs.sum(1)
 
         rows = {"desirable": inputs["label"].bool(), "num_tokens": inputs["attention_mask"].sum(1)}
+        rows["response_tokens"] = inputs["completion_mask"].sum(1)
         if self._pairs_mismatched:
             with torch.no_grad():
                 rows["mismatched"] = elbos("KL_") - inputs["ref_KL_logps"]

@@ -3,9 +3,12 @@
 import textwrap
 from typing import Any
 
+import torch
+
 from ...scoring.door import DPOTrainer
 from ...scoring.head import ELBOHeadOutput, on_draws
 from ..base import ELBOTrainerMixin
+from ..displacement import CHOSEN, REJECTED, change_per_token
 from ..metrics import MEANINGLESS_METRICS
 from .config import DiffusionVRPOConfig
 
@@ -83,16 +86,18 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
         policy_nonce, reference_nonce = self._draw_nonces(mode)
         with self._diagnostics.collecting() as outputs, self._with_reference(inputs, reference_nonce) as inputs:
             result = super()._compute_loss(on_draws(model, policy_nonce), inputs, return_outputs)
+            change = change_per_token(outputs[-1], torch.cat([inputs[name] for name in self._reference_columns]))
         self._learn_kappa(outputs, pairs=True)
-        self._log_pairs(mode, outputs)
+        self._log_pairs(mode, outputs, change)
         return result
 
-    def _log_pairs(self, mode: str, outputs: list[ELBOHeadOutput]) -> None:
+    def _log_pairs(self, mode: str, outputs: list[ELBOHeadOutput], change: torch.Tensor) -> None:
         """Beside TRL's metrics those of the score's noise; all of them means over all processes."""
         metrics = self._metrics[mode]
         for name in MEANINGLESS_METRICS:
             metrics.pop(name, None)
-        for name, of_pairs in self._diagnostics.of_pairs(outputs).items():
+        changes = dict(zip((CHOSEN, REJECTED), change.chunk(2), strict=True))
+        for name, of_pairs in (self._diagnostics.of_pairs(outputs) | changes).items():
             metrics[name].append(self.accelerator.gather(of_pairs).mean().item())
         if mode == "eval":  # TRL averages over batches: one of n pairs counts n times, so that the last may be smaller
             pairs = len(outputs[-1].log_probs) // 2

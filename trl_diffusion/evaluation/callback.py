@@ -1,0 +1,112 @@
+"""What a model answers while it is trained, marked by reward functions and compared with what it answered before."""
+
+from contextlib import nullcontext
+from typing import Any
+
+from accelerate.utils import gather_object
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .answers import Answerer
+from .pairs import completion_of
+from .prompts import read_prompts
+from .rewards import Rewards
+
+
+class WinRateCallback(TrainerCallback):
+    """
+    Logs the mean reward of answers to held-out prompts, and how often they beat those of the model before training.
+
+    At each evaluation, or every `freq` steps, `eval_reward` and `eval_win_rate` are logged: the mean over prompts and
+    the share of prompts whose answer has a higher reward than the base's, a tie being half a win. `eval_reward_base` is
+    the base's own. The base is the model without its adapter, the trainer's reference, or, without either, the model as
+    it is when training begins.
+
+    Args:
+        trainer: one of this package's, to which the callback is then added with `trainer.add_callback`.
+        prompts: as in [`sample_pairs`].
+        reward_funcs: as in [`sample_pairs`].
+        freq: steps between two looks; by default at each evaluation.
+        reward_weights: of the functions.
+        batch_size: prompts that are answered together.
+        seed: of the sampler.
+        **generation: arguments of `generate`; greedy by default.
+
+    Raises:
+        ValueError: weights are sharded (FSDP, ZeRO-3), and cannot be sampled from; prompts or arguments do not fit.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        prompts: Any,
+        reward_funcs: Any,
+        *,
+        freq: int | None = None,
+        reward_weights: Any = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        **generation: Any,
+    ):
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "The weights are sharded (FSDP, ZeRO-3), and cannot be sampled from while they are trained: sample "
+                "from a checkpoint, with `sample_pairs` or `trl-diffusion generate`."
+            )
+        if freq is not None and freq < 1:
+            raise ValueError(f"`freq` must be at least 1 step, got {freq}.")
+        self._trainer, self._freq, self._size = trainer, freq, batch_size
+        self._rewards = Rewards(reward_funcs, reward_weights)
+        self._prompts = read_prompts(prompts, trainer._tokenizer)
+        self._options = (trainer._tokenizer, self._prompts, 1, seed, generation)
+        self._base: list[float | None] = []
+        Answerer(trainer.accelerator.unwrap_model(trainer.model), *self._options)  # refuses what does not fit
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        base = policy if self._trainer.ref_model is None else self._trainer.ref_model
+        with base.disable_adapter() if isinstance(base, PeftModel) else nullcontext():
+            self._base = self._marks(self._trainer.accelerator.unwrap_model(base))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._freq is not None and state.global_step % self._freq == 0:
+            self._log()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._freq is None and self._base:  # not before training
+            self._log()
+
+    def _log(self) -> None:
+        now = self._marks(self._trainer.accelerator.unwrap_model(self._trainer.model))
+        pairs = [(a, b) for a, b in zip(now, self._base, strict=True) if a is not None and b is not None]
+        if not pairs:
+            return
+        wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]
+        columns = {
+            "eval_reward": [a for a, _ in pairs],
+            "eval_reward_base": [b for _, b in pairs],
+            "eval_win_rate": wins,
+        }
+        # TRL's would add the training metrics since the last log, and forget them
+        Trainer.log(self._trainer, {name: sum(values) / len(pairs) for name, values in columns.items()})
+
+    def _marks(self, model: Any) -> list[float | None]:
+        """The reward of the answer to each prompt, from all processes."""
+        accelerator, answerer = self._trainer.accelerator, Answerer(model, *self._options)
+        total = len(self._prompts.rows)
+        mine = list(range(accelerator.process_index, total, accelerator.num_processes))
+        marks: list[tuple[int, float | None]] = []
+        for numbers in answerer.batches(mine, self._size):
+            with accelerator.autocast():
+                answers = [ids for (ids,) in answerer(numbers)]
+            given = [self._prompts.rows[number] for number in numbers]
+            texts = [answerer.text(number, ids) for number, ids in zip(numbers, answers, strict=True)]
+            found = self._rewards(
+                [row["prompt"] for row in given],
+                [completion_of(text, self._prompts.conversational) for text in texts],
+                answers,
+                {name: [row[name] for row in given] for name in self._prompts.columns},
+            )
+            marks += zip(numbers, map(self._rewards.total, zip(*found, strict=True)), strict=True)
+        return [mark for _, mark in sorted(gather_object(marks))]
