@@ -40,7 +40,7 @@ def test_of_single_rows_by_class(tmp_path):
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     trainer.compute_loss(trainer.model, inputs)
     logged, rewards = logged_of(trainer), {}
-    lengths, desirable = inputs["completion_mask"].sum(1), torch.tensor(inputs["label"])
+    lengths, desirable = inputs["completion_mask"].sum(1), torch.as_tensor(inputs["label"]).bool()
     for row in range(4):  # a class at a time: one row of it, whose reward is beta times the change of its sum
         one = {name: value[row : row + 1] for name, value in inputs.items()}
         trainer.compute_loss(trainer.model, one)
