@@ -249,6 +249,8 @@ def test_metrics(tmp_path):
         *(f"kto/{kind}_{which}" for kind in ("num", "margins") for which in ("desirable", "undesirable")),
         "kto/baseline",
         "kto/saturation",
+        "elbo/change_chosen",
+        "elbo/change_rejected",
         "elbo/mask_ratio",
         "elbo/score_variance",
         "elbo/score_standard_error",

@@ -331,6 +331,8 @@ def test_metrics(tmp_path):
         "rewards/margins",
         "logps/chosen",
         "logps/rejected",
+        "elbo/change_chosen",
+        "elbo/change_rejected",
         "elbo/mask_ratio",
         "elbo/saturation",
         "elbo/score_variance",
