@@ -451,7 +451,7 @@ def test_objects_of_autoregressive_decoding_are_refused_by_name(name):
         ({"steps": 9}, "`steps`"),
         ({"block_length": 2, "steps": 2}, "`steps`"),
         ({"block_length": 2, "steps": 6}, "`steps`"),
-        ({"remasking": "entropy"}, "`remasking`"),
+        ({"remasking": "greedy"}, "`remasking`"),
         ({"temperature": -1.0}, "`temperature`"),
         ({"temperature": math.nan}, "`temperature`.*finite.*nan"),
         ({"temperature": math.inf}, "`temperature`.*finite.*inf"),

@@ -7,6 +7,7 @@ from typing import Any
 from ..evaluation.answers import Answerer
 from ..evaluation.pairs import STRATEGIES, sample_pairs
 from ..evaluation.prompts import read_prompts
+from ..models.sampler_arguments import REMASKING
 from ..scoring.door import ScriptArguments
 from .arguments import DiffusionModelConfig, load_rows, load_to_use
 from .command import Command
@@ -26,8 +27,14 @@ class SamplingArguments:
     temperature: float = field(default=0.0, metadata={"help": "Of the noise on the logits; 0 is greedy."})
     remasking: str = field(
         default="low_confidence",
-        metadata={"help": "Which predictions are kept in a step.", "choices": ["low_confidence", "random"]},
+        metadata={"help": "By what it is decided which predictions a step keeps.", "choices": list(REMASKING)},
     )
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Keep all predictions of at least this probability instead of a fixed number in each step."},
+    )
+    logits_eos_inf: bool = field(default=False, metadata={"help": "Never predict the end of text."})
+    confidence_eos_eot_inf: bool = field(default=False, metadata={"help": "Keep ends of text and of turns last."})
     cfg_scale: float = field(default=0.0, metadata={"help": "Strength of classifier-free guidance; 0 is off."})
     seed: int = field(default=0, metadata={"help": "Of the sampler's noise."})
     use_cpu: bool = field(default=False, metadata={"help": "Whether to run on the CPU where there is a GPU."})

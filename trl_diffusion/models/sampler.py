@@ -10,6 +10,7 @@ block there is one copy; what is computed of them is computed of some positions 
 """
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from .sampler_arguments import Tokens, read_arguments
 from .trying import evaluating
 
 LOGITS_TILE = 2**24  # logits that are looked at together
+_LAST = 1e4  # nats below every log-probability of a token that is predicted
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     _Module = torch.nn.Module
@@ -133,13 +135,15 @@ def _denoise(model, prompts, attention_mask, arguments, tokens):
     for block in range(num_blocks):
         start = prompt_length + block * size
         for count in reveal_counts:
-            if len(running) == 0:
+            # With a threshold a row may be ahead of others; all that run have a gap otherwise
+            active = running[(sequences[running, start : start + size] == tokens.mask).any(1)]
+            if len(active) == 0:
                 break
-            rows = sequences[running]
+            rows = sequences[active]
             block_span = (start, start + size)
-            logits = _block_logits(model, rows, attention_mask[running], prompt_length, block_span, arguments, tokens)
-            sources = [generators[i] for i in running.tolist()]
-            sequences[running] = _reveal(rows, logits, start, count, sources, arguments, tokens)
+            logits = _block_logits(model, rows, attention_mask[active], prompt_length, block_span, arguments, tokens)
+            sources = [generators[i] for i in active.tolist()]
+            sequences[active] = _reveal(rows, logits, start, count, sources, arguments, tokens)
             del logits  # not there during the next forward
             running = running[~_finished(sequences[running], prompt_length, tokens)]
     return _pad_after_end(sequences, prompt_length, tokens)
@@ -193,14 +197,19 @@ def _reveal(rows, logits, start, count, generators, arguments, tokens):
             predicted[row, some], confidence[row, some] = _predict(logits[row], some, generator, arguments, tokens)
         if arguments.remasking == "random":
             confidence[row, places] = torch.rand(len(places), generator=generator, device=rows.device)
-    chosen = torch.zeros_like(masked).scatter(1, confidence.topk(count, dim=1).indices, True) & masked
+    chosen = torch.zeros_like(masked).scatter(1, confidence.topk(count, dim=1).indices, True)
+    if arguments.confidence_threshold is not None:
+        chosen |= confidence >= math.log(arguments.confidence_threshold)
+    chosen &= masked
     rows[:, start : start + logits.shape[1]] = torch.where(chosen, predicted, block)
     return rows
 
 
 def _predict(logits, places, generator, arguments, tokens):
-    """A token for each of some places of a row, and its log-probability at temperature 1."""
+    """A token for each of some places of a row, and how sure it is, at temperature 1: by default its log-probability."""
     logits = logits[places].float()
+    if arguments.logits_eos_inf and tokens.ends:
+        logits[:, tokens.ends[0]] = -torch.inf
     logits[:, tokens.mask] = -torch.inf  # a prediction that is the mask token would never be revealed
     logits[:, tokens.size :] = -torch.inf  # rows of the output head that are no tokens
     choices = logits
@@ -208,7 +217,20 @@ def _predict(logits, places, generator, arguments, tokens):
         choices = _gumbel(logits.shape, generator, logits.device).mul_(arguments.temperature).add_(logits)
     predicted = choices.argmax(-1)
     del choices
-    return predicted, logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    confidence = _confidence(logits, predicted, arguments.remasking)
+    if arguments.confidence_eos_eot_inf:  # after all others, and in their own order
+        confidence = torch.where(_is_end(predicted, tokens), confidence - _LAST, confidence)
+    return predicted, confidence
+
+
+def _confidence(logits, predicted, remasking):
+    if remasking == "entropy":
+        log_probs = logits.log_softmax(-1)
+        return (log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+    if remasking == "topk_margin":
+        first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
+        return first - second
+    return logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _finished(rows, prompt_length, tokens):

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from .families import family_of
 
-_REMASKING = ("low_confidence", "random")
+REMASKING = ("low_confidence", "topk_margin", "entropy", "random")
 _DEFAULT_MAX_NEW_TOKENS = 128
 # Arguments of autoregressive decoding that change nothing here: with any value, and with the value that is off
 _HARMLESS = {"use_cache", "cache_implementation", "max_length", "transformers_version"}
@@ -31,7 +31,15 @@ class SamplerArguments:
         max_new_tokens: length of the response canvas, in tokens.
         steps: denoising steps in all. Defaults to `max_new_tokens`, one token a step.
         block_length: length of the blocks that are filled left to right. Defaults to `max_new_tokens`, one block.
-        remasking: `"low_confidence"` keeps the predictions with the highest probability, `"random"` any.
+        remasking: which predictions a step keeps: `"low_confidence"` those with the highest probability,
+            `"topk_margin"` with the largest distance from the second most probable token, `"entropy"` with the least
+            entropy (both as in Dream, arXiv 2508.15487), `"random"` any.
+        confidence_threshold: keep every prediction of the block with at least this probability, and always the most
+            probable, instead of a fixed number in each step (Fast-dLLM, arXiv 2505.22618): as many steps as it takes.
+            None is off.
+        logits_eos_inf: never predict the end of text, the first of `eos_token_id`, as LLaDA does for code.
+        confidence_eos_eot_inf: keep predictions of a token of `eos_token_id` only where no other is left in the block,
+            as LLaDA does for long answers. Give the end of turn too: `eos_token_id=[126081, 126348]` for LLaDA.
         temperature: of the Gumbel noise on the logits; 0 is greedy.
         cfg_scale: strength w of unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): logits are
             `(1 + w) * conditional - w * unconditional`, where the unconditional ones have the prompt masked. 0 is off,
@@ -46,6 +54,9 @@ class SamplerArguments:
     steps: int | None = None
     block_length: int | None = None
     remasking: str = "low_confidence"
+    confidence_threshold: float | None = None
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
     temperature: float = 0.0
     cfg_scale: float = 0.0
     seed: int | None = None
@@ -78,14 +89,33 @@ class SamplerArguments:
                 f"`steps` must be a multiple of the number of blocks ({num_blocks}) and at most `max_new_tokens` "
                 f"({self.max_new_tokens}), got {self.num_steps}."
             )
-        if self.remasking not in _REMASKING:
-            raise ValueError(f"`remasking` must be one of {_REMASKING}, got {self.remasking!r}.")
+        if self.remasking not in REMASKING:
+            raise ValueError(f"`remasking` must be one of {REMASKING}, got {self.remasking!r}.")
+        self._check_switches()
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be a finite number that is not negative, got {value!r}.")
         if self.num_return_sequences < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, got {self.num_return_sequences}.")
+
+    def _check_switches(self) -> None:
+        """Those of single papers, which do not all go together."""
+        for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.confidence_eos_eot_inf and self.remasking == "random":
+            raise ValueError("`confidence_eos_eot_inf=True` orders by confidence, and `remasking='random'` does not.")
+        threshold = self.confidence_threshold
+        if threshold is None:
+            return
+        if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+            raise ValueError(f"`confidence_threshold` must be None or above 0 and at most 1, got {threshold!r}.")
+        if self.steps is not None or self.remasking != "low_confidence":
+            raise ValueError(
+                f"`confidence_threshold={threshold}` decides by the probability how many tokens a step reveals: leave "
+                f"`steps` out and `remasking` at 'low_confidence', got steps={self.steps} and {self.remasking!r}."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""
+The sampler's switches against a naive sampler, written here for one prompt at a time from what the papers say of each.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import make_model
+from test_generation import EOS, MASK, PROMPTS, cut_after_end, generate, naive_logits
+
+from trl_diffusion.cli.answering import GenerateArguments, SamplingArguments
+from trl_diffusion.models.sampler_arguments import SamplerArguments
+
+EOT = 5
+ENDS = [EOS, EOT]
+
+
+def sure(log_probs, token, how):
+    """Of a prediction, by the names of Dream."""
+    probabilities = log_probs.exp()
+    if how == "entropy":
+        return sum(p * math.log(p) for p in probabilities.tolist() if p > 0)
+    if how == "topk_margin":
+        best = sorted(probabilities.tolist())
+        return best[-1] - best[-2]
+    return log_probs[token].item()
+
+
+def naive(
+    model, prompt, length, block, per_step=1, *, how="low_confidence", threshold=None, no_eos=False, ends_last=False
+):
+    """The response, and how many forwards it took; without stopping early."""
+    tokens, forwards = prompt + [MASK] * length, 0
+    for first in range(len(prompt), len(prompt) + length, block):
+        while gaps := [i for i in range(first, first + block) if tokens[i] == MASK]:
+            logits, forwards = naive_logits(model, tokens, len(prompt), 0.0), forwards + 1
+            if no_eos:
+                logits[:, EOS] = -math.inf
+            log_probs = logits.log_softmax(-1)
+            best = {i: log_probs[i].argmax().item() for i in gaps}
+            order = sorted(
+                gaps, key=lambda i: (ends_last and best[i] in ENDS, -sure(log_probs[i], best[i], how))
+            )  # fmt: skip
+            kept = order[:per_step]
+            if threshold is not None:
+                kept = order[:1] + [i for i in order[1:] if log_probs[i, best[i]].exp() >= threshold]
+            for i in kept:
+                tokens[i] = best[i]
+    return cut_after_end(tokens[len(prompt) :], ENDS, EOS), forwards
+
+
+SWITCHES = {
+    "entropy": ({"remasking": "entropy"}, {"how": "entropy"}),
+    "topk_margin": ({"remasking": "topk_margin"}, {"how": "topk_margin"}),
+    "logits_eos_inf": ({"logits_eos_inf": True}, {"no_eos": True}),
+    "confidence_eos_eot_inf": ({"confidence_eos_eot_inf": True}, {"ends_last": True}),
+    "both": ({"logits_eos_inf": True, "confidence_eos_eot_inf": True}, {"no_eos": True, "ends_last": True}),
+    "margin, ends last": (
+        {"remasking": "topk_margin", "confidence_eos_eot_inf": True},
+        {"how": "topk_margin", "ends_last": True},
+    ),
+}
+
+
+def ending_model(seed):
+    """A model that is fond of ends of text and of turns."""
+    model = make_model(seed=seed)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        head[ENDS] *= 3
+    return model
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_is_what_its_paper_says(switch, per_step):
+    given, by_hand = SWITCHES[switch]
+    changed = 0
+    for seed in range(3):
+        model = ending_model(seed)
+        canvas = {
+            "max_new_tokens": 8,
+            "block_length": 4,
+            "steps": 8 // per_step,
+            "eos_token_id": ENDS,
+            "pad_token_id": EOS,
+        }
+        found = generate(model, PROMPTS, **canvas, **given)
+        assert found == [naive(model, prompt, 8, 4, per_step, **by_hand)[0] for prompt in PROMPTS]
+        changed += found != generate(model, PROMPTS, **canvas)
+    assert changed
+
+
+class Forwards:
+    """Counts rows of forwards."""
+
+    def __init__(self, model):
+        self.number = self.rows = 0
+        model.model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.number, self.rows = self.number + 1, self.rows + len(ids)
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 1.0])
+def test_a_threshold_reveals_what_is_sure_in_fewer_forwards(threshold):
+    """As many as by hand: a row that has filled its block is not run again for the others'."""
+    model = make_model(seed=1, init_std=0.4)
+    canvas = {"max_new_tokens": 8, "block_length": 4, "eos_token_id": [29], "pad_token_id": EOS}
+    by_hand = [naive(model, prompt, 8, 4, threshold=threshold) for prompt in PROMPTS]
+    expected = [cut_after_end(response, [29], EOS) for response, _ in by_hand]
+    counted = Forwards(model)
+    assert [[t for t in r] for r in generate(model, PROMPTS, **canvas, confidence_threshold=threshold)] == expected
+    assert counted.rows == sum(forwards for _, forwards in by_hand)
+    assert counted.rows <= 8 * len(PROMPTS) and (threshold > 0.2 or counted.rows < 8 * len(PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"confidence_threshold": 0.0}, "`confidence_threshold` must be None or above 0 and at most 1, got 0.0"),
+        ({"confidence_threshold": 1.5}, "`confidence_threshold` must be"),
+        ({"confidence_threshold": 0.9, "steps": 4}, "leave `steps` out"),
+        ({"confidence_threshold": 0.9, "remasking": "entropy"}, "`remasking` at 'low_confidence'"),
+        ({"confidence_eos_eot_inf": True, "remasking": "random"}, "orders by confidence"),
+        ({"logits_eos_inf": 1}, "`logits_eos_inf` must be True or False, got 1"),
+    ],
+)
+def test_switches_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(torch.tensor(PROMPTS[:1]), max_new_tokens=8, **arguments)
+
+
+def test_the_command_line_has_the_samplers_arguments():
+    ours = {field.name: field.default for field in dataclasses.fields(SamplerArguments)}
+    for name in ("num_return_sequences", "return_dict_in_generate"):
+        del ours[name]
+    theirs = {f.name: f.default for f in dataclasses.fields(SamplingArguments) if f.name != "use_cpu"}
+    assert theirs == ours | {"seed": 0}
+    given = GenerateArguments(prompts=["hi"], steps=4, logits_eos_inf=True, max_new_tokens=8).sampler()
+    assert dataclasses.asdict(SamplerArguments(**given))["logits_eos_inf"] is True and "seed" not in given
