@@ -206,7 +206,7 @@ def _reveal(rows, logits, start, count, generators, arguments, tokens):
 
 
 def _predict(logits, places, generator, arguments, tokens):
-    """A token for each of some places of a row, and how sure it is, at temperature 1: by default its log-probability."""
+    """A token for each of some places of a row, and how sure it is at temperature 1: by default its log-probability."""
     logits = logits[places].float()
     if arguments.logits_eos_inf and tokens.ends:
         logits[:, tokens.ends[0]] = -torch.inf
