@@ -124,7 +124,7 @@ def test_a_text_that_is_too_long_is_scored_in_windows():
         (["say hi", ""], {}, ValueError, "Text 1 has no token to score"),
         (["say <|mdm_mask|>"], {}, ValueError, "Text 0 contains the mask token"),
         ("say hi", {}, TypeError, "must be a `Dataset` or a list of texts, got `str`"),
-        (Dataset.from_dict({"body": ["hi"]}), {}, ValueError, r"has columns \['body'\], and needs `text`"),
+        (Dataset.from_dict({"body": ["hi"]}), {}, ValueError, r"has the columns \['body'\], and needs `text`"),
         (["say hi"], {"method": "exact"}, ValueError, "`method` must be one of"),
         (["say hi"], {"order": "best"}, ValueError, "`order` one of"),
         (["say hi"], {"num_mc_samples": 0}, ValueError, "`num_mc_samples` must be at least 1"),
