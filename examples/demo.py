@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 
 from trl_diffusion.models import LLaDAModelLM
 
-# Two layers suffice for the sums, and cost a third of a minute less each time that the model is asked for something
+# Two layers suffice for the sums
 MODEL = {"d_model": 96, "n_layers": 2, "mlp_hidden_size": 256, "steps": 600, "goal": 0.95}
-PROBLEMS = 2000  # to sample answers to: few pairs are learnt by heart
+PROBLEMS = 2000  # to sample answers to: a few hundred pairs would be learnt by heart
 SAMPLING = {"samples": 4, "steps": 8}  # two tokens a step, of a block of four in which one is to be decided at most
 HELD_OUT = 80  # problems whose answers are held-out pairs
 

@@ -9,7 +9,8 @@ The second act of `demo.py`: the same small model, aligned with ELBO-KTO from th
 
 import demo
 
-# Tuned on validation problems of other seeds than the demo's, then frozen
+# Answers to problems that the model always solves are among the marked ones and hold it: trained on those to the other
+# problems alone, it unlearned everything
 ALIGNMENT = demo.ALIGNMENT | {
     "loss_type": "kto",
     "batch_composition": "balanced",
