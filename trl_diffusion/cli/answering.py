@@ -9,7 +9,7 @@ from ..evaluation.pairs import STRATEGIES, sample_pairs
 from ..evaluation.prompts import read_prompts
 from ..models.sampler_arguments import REMASKING
 from ..scoring.door import ScriptArguments
-from .arguments import DiffusionModelConfig, load_rows, load_to_use
+from .arguments import UsedModelConfig, load_rows, load_to_use
 from .command import Command
 
 
@@ -129,7 +129,7 @@ GENERATE = Command(
     "generate",
     "Answers prompts with the diffusion sampler.",
     '--model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --prompts "Why is the sky blue?"',
-    (DiffusionModelConfig, GenerateArguments),
+    (UsedModelConfig, GenerateArguments),
     generate,
 )
 SAMPLE_PAIRS = Command(
@@ -138,6 +138,6 @@ SAMPLE_PAIRS = Command(
     "written as pairs for `vrpo`, or as marked rows for `elbo-kto`. Goes on where it was interrupted.",
     """--model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 \\
         --dataset_name trl-lib/DeepMath-103K --reward_funcs accuracy_reward --max_new_tokens 256 --block_length 32""",
-    (ScriptArguments, DiffusionModelConfig, PairsArguments),
+    (ScriptArguments, UsedModelConfig, PairsArguments),
     make_pairs,
 )

@@ -45,6 +45,19 @@ class DiffusionModelConfig(ModelConfig):
 
 
 @dataclass
+class UsedModelConfig(DiffusionModelConfig):
+    """
+    [`DiffusionModelConfig`] of a model that is not trained, and has no trainer's arguments beside it.
+
+    Parameters:
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the model.
+    """
+
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+
+
+@dataclass
 class TrainedModelConfig(DiffusionModelConfig):
     """
     [`DiffusionModelConfig`] of a model that is trained.

@@ -8,7 +8,14 @@ from ..diagnosis.diagnose import diagnose_variance
 from ..evaluation.likelihood import METHODS, ORDERS, likelihood
 from ..scoring.door import DatasetMixtureConfig, ScriptArguments, get_quantization_config
 from ..trainers.vrpo.config import DiffusionVRPOConfig
-from .arguments import DiffusionModelConfig, load_datasets, load_rows, load_to_use, with_model_init_kwargs
+from .arguments import (
+    DiffusionModelConfig,
+    UsedModelConfig,
+    load_datasets,
+    load_rows,
+    load_to_use,
+    with_model_init_kwargs,
+)
 from .command import Command
 
 
@@ -77,7 +84,7 @@ SCORE = Command(
     "Estimates the likelihood of texts, with its error: nats, and perplexity per token and per byte.",
     """--model_name_or_path GSAI-ML/LLaDA-8B-Base --dtype bfloat16 \\
         --text_files book.txt --max_length 1024 --output_dir scores""",
-    (ScriptArguments, DiffusionModelConfig, ScoreArguments),
+    (ScriptArguments, UsedModelConfig, ScoreArguments),
     score,
 )
 DIAGNOSE = Command(

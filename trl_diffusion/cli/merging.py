@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..checks.inputs import check_writable
-from .arguments import DiffusionModelConfig, load_to_use
+from .arguments import UsedModelConfig, load_to_use
 from .command import Command
 
 
@@ -41,6 +41,6 @@ MERGE = Command(
     "merge",
     "Merges an adapter into its base model, which can then be loaded, served and trained on as any other.",
     "--model_name_or_path LLaDA-8B-VRPO --dtype bfloat16 --output_dir merged",
-    (DiffusionModelConfig, MergeArguments),
+    (UsedModelConfig, MergeArguments),
     merge,
 )
