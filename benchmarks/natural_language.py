@@ -57,6 +57,7 @@ PROMPT = 24  # tokens before a passage
 TOKENS_PER_FORWARD = 8192
 # Control variates beside the default one
 GRID = [ControlVariate(*settings) for settings in product((0.75, 1.0, 1.25), (0.25, 0.5), (0.5, 1.0, 2.0))]
+GRID.remove(ControlVariate())
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -228,32 +229,31 @@ def _write(path: Path, quantity: str, kind: str, number: int, pair, found: Calla
 
 
 def tables(rows: list[dict]) -> str:
-    """Every estimator, over fixed counts at equal K."""
+    """What was measured, and variances over those of fixed counts at equal K, by set and for all sets together."""
     lines = [_what_was_measured(rows)]
     for quantity, policy in (("score", "near"), ("score", "far"), ("gradient", "near")):
         groups: dict[str, list[dict]] = {}
         for row in rows:
             if row["quantity"] == quantity and policy in row:
                 groups.setdefault(row["set"], []).append(row[policy])
-        if not groups:
-            continue
-        for count in COUNTS:
-            lines.append(f"\n## {quantity.capitalize()}, {policy} policy, K = {count}, over fixed counts\n")
-            names = [cell for cell in next(iter(groups.values()))[0]["cells"] if cell.endswith(f"|{count}")]
-            head = ["estimator", *groups]
-            body = [
-                [
-                    name.partition("|")[0],
-                    *(_ratio(group, name, f"fixed counts|{count}", quantity) for group in groups.values()),
-                ]
-                for name in names
-            ]
-            lines.append(report.table(head, body))
+        for count in COUNTS if groups else ():
+            cells = [name for name in next(iter(groups.values()))[0]["cells"] if name.endswith(f"|{count}")]
+            for title, chosen in (("", False), (", other settings of the control variate", True)):
+                names = [name for name in cells if ("ControlVariate" in name) == chosen]
+                if names:
+                    lines.append(f"\n## {quantity.capitalize()}, {policy} policy, K = {count}{title}\n")
+                    lines.append(_ratios(groups, names, f"fixed counts|{count}", quantity))
     return "\n".join(lines)
 
 
-def _ratio(group: list[dict], cell: str, baseline: str, quantity: str) -> str:
-    return report.interval(report.ratio(group, cell, baseline, quantity))
+def _ratios(groups: dict[str, list[dict]], names: list[str], baseline: str, quantity: str) -> str:
+    body = []
+    for name in names:
+        ratios = [report.ratio(group, name, baseline, quantity) for group in groups.values()]
+        body.append(
+            [name.partition("|")[0], *map(report.interval, ratios), report.interval(report.geometric_mean(ratios))]
+        )
+    return report.table(["estimator", *groups, "geometric mean"], body)
 
 
 def _what_was_measured(rows: list[dict]) -> str:

@@ -1,12 +1,12 @@
 """The laws of the number of hidden tokens: against their closed form, and against counts that are drawn."""
 
-from math import lgamma
+from math import exp, lgamma
 
 import pytest
 import torch
 
 from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig, MaskSampler, draw_masks
-from trl_diffusion.estimators.levels import draw_counts
+from trl_diffusion.estimators.levels import draw_counts, importance
 from trl_diffusion.estimators.schemes import SCHEMES
 from trl_diffusion.trainers.arguments import DEFAULT_CONCENTRATION
 
@@ -97,6 +97,23 @@ def test_the_noise_of_a_long_response_stays_bounded():
             found[a, length] = exact.item()
     assert found[1.0, 400] - found[1.0, 50] == pytest.approx(torch.tensor(8.0).log().item(), rel=0.05)
     assert found[0.5, 50] < found[0.5, 400] < 3 * torch.pi**2 / 8
+
+
+@pytest.mark.parametrize("a, mean, largest", [(0.75, 1.0472, 1.1982), (0.5, 1.2338, 1.5708)])
+def test_what_a_law_can_cost(a, mean, largest):
+    """
+    Noise of sd s(u) at level u has the variance E[s^2 importance] in place of E[s^2], u uniform. With the same s at
+    every level that is the mean of the importance, B(a, a) B(2 - a, 2 - a) for long responses; and never more than its
+    largest value, B(a, a) / 4^(1 - a), at the middle level.
+    """
+
+    def beta(x):
+        return exp(2 * lgamma(x) - lgamma(2 * x))
+
+    assert (mean, largest) == pytest.approx((beta(a) * beta(2 - a), beta(a) / 4 ** (1 - a)), abs=1e-4)
+    found = [importance(torch.arange(1, total + 1), total, a) for total in (1, 2, 3, 7, 50, 1000)]
+    assert all(weights.mean() <= mean and weights.max() <= largest for weights in found)
+    assert found[-1].mean().item() == pytest.approx(mean, rel=0.01)
 
 
 @pytest.mark.parametrize("config", [DiffusionVRPOConfig, ELBOKTOConfig])
