@@ -34,7 +34,7 @@ class DiffusionSFTConfig(ELBOArguments, SFTConfig):
 
     groups: ClassVar[dict[str, str]] = {**ELBOArguments.groups, "loss_average": "supervised fine-tuning"}
 
-    # One draw here: with the same number of forwards, more examples teach more than more masks of each
+    # One draw here, as LLaDA's own fine-tuning has
     num_mc_samples: int = field(default=1, metadata=dict(ELBOArguments.__dataclass_fields__["num_mc_samples"].metadata))
 
     loss_average: str = field(
