@@ -15,8 +15,8 @@ __all__ = ["HidesEverything", "LiveBytes", "machine", "matmul_flops"]
 class HidesEverything(MaskSampler):
     """The worst draw, every time: the output head's share of memory grows with the tokens that one draw hides."""
 
-    def __call__(self, maskable, rows, attention_mask=None, nonce=0):
-        draws = super().__call__(maskable, rows, attention_mask, nonce)
+    def __call__(self, maskable, rows, attention_mask=None, nonce=0, blocks=None):
+        draws = super().__call__(maskable, rows, attention_mask, nonce, blocks=blocks)
         draws.masked[:] = maskable
         return draws
 

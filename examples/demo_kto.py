@@ -9,8 +9,8 @@ The second act of `demo.py`: the same small model, aligned with ELBO-KTO from th
 
 import demo
 
-# Answers to problems that the model always solves are among the marked ones and seem to hold it: trained on those to the
-# other problems alone, one model unlearned everything
+# Answers to problems that the model always solves are among the marked ones and seem to hold it: trained on those to
+# the other problems alone, one model unlearned everything
 ALIGNMENT = demo.ALIGNMENT | {
     "loss_type": "kto",
     "batch_composition": "balanced",

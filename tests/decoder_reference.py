@@ -47,9 +47,10 @@ def _tensors(biases, head_norms, tied, experts, seed):
     return {name: tensor + ("norm" in name) for name, tensor in tensors.items()}
 
 
-def decoder_logits(tensors, input_ids, real=None, *, theta, eps, yarn=None, renamed=()):
-    """`(B, L, V)` logits; `real` is `(B, L)`, one at real tokens."""
+def decoder_logits(tensors, input_ids, real=None, *, theta, eps, yarn=None, renamed=(), sees=None):
+    """`(B, L, V)` logits; `real` is `(B, L)`, one at real tokens; `sees` is `(B, L, L)`, who attends to whom."""
     real = torch.ones_like(input_ids) if real is None else real
+    sees = real.bool().unsqueeze(1) if sees is None else sees
     for ours, theirs in renamed:
         tensors = {name.replace(theirs, ours): tensor for name, tensor in tensors.items()}
 
@@ -76,7 +77,7 @@ def decoder_logits(tensors, input_ids, real=None, *, theta, eps, yarn=None, rena
             times = torch.arange(input_ids.shape[1]) // yarn["original_max_position_embeddings"]
             query = query * (1 + yarn["llama_4_scaling_beta"] * (1 + times).log())[:, None]
         key, value = (each.repeat_interleave(HEADS // KV_HEADS, dim=1) for each in (key, value))
-        scores = (query @ key.mT / HEAD_DIM**0.5).masked_fill(real[:, None, None, :] == 0, -torch.inf)
+        scores = (query @ key.mT / HEAD_DIM**0.5).masked_fill(~sees.unsqueeze(1), -torch.inf)
         x = x + project((scores.softmax(-1) @ value).transpose(1, 2).flatten(2), f"{layer}.self_attn.o_proj")
         normed = norm(x, f"{layer}.post_attention_layernorm.weight")
         if f"{layer}.mlp.gate.weight" not in tensors:

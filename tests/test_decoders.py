@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import vrpo_lora
+from block_reference import block_numbers, block_terms, of_model
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset
 from decoder_reference import LAYERS, decoder_logits, frequencies, published_tensors
@@ -35,6 +36,7 @@ from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, MaskSampler
 from trl_diffusion.checks.inputs import check_tokenizer
 from trl_diffusion.estimators.elbo import token_logits
 from trl_diffusion.models.decoders.auto import CLASSES
+from trl_diffusion.models.decoders.configuration import DreamConfig
 from trl_diffusion.models.decoders.modeling import DreamModel, DreamTokenizer
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
 from trl_diffusion.models.families import class_to_load, family_of
@@ -77,6 +79,7 @@ class Folder:
         theta, eps: of the rotary embedding and the norms.
         shift: where the logits of a token stand before it.
         yarn: what stretches the rotary embedding.
+        block: of a block diffusion model, tokens of a block.
     """
 
     fields: dict
@@ -85,6 +88,7 @@ class Folder:
     eps: float = 1e-6
     shift: int = 0
     yarn: dict | None = None
+    block: int | None = None
 
     def write(self, path, **changes):
         config = {**SIZES, **self.numbers, **self.fields, **changes}
@@ -100,6 +104,10 @@ class Folder:
         model = CLASSES[type(config)](config)
         model.load_state_dict(self.published, strict=not config.tie_word_embeddings)
         return model.eval()
+
+    def blocks(self, batch):
+        """What its draws are told of a batch."""
+        return {"blocks": block_numbers(batch, self.block)} if self.block else {}
 
     @property
     def numbers(self):
@@ -120,8 +128,12 @@ class Folder:
         return LAYERS * 4 if "experts" in self.tensors else self.linears
 
     def logits(self, tensors, input_ids, real=None):
-        numbers = {"theta": self.theta, "eps": self.eps, "yarn": self.yarn}
-        return decoder_logits(tensors, input_ids, real, **numbers, renamed=self.tensors.get("renamed", ()))
+        numbers, sees = {"theta": self.theta, "eps": self.eps, "yarn": self.yarn}, None
+        if self.block:
+            there = torch.ones_like(input_ids) if real is None else real
+            number = (there.cumsum(1) - 1) // self.block
+            sees = (number.unsqueeze(2) >= number.unsqueeze(1)) & there.bool().unsqueeze(1) | torch.eye(8).bool()
+        return decoder_logits(tensors, input_ids, real, **numbers, renamed=self.tensors.get("renamed", ()), sees=sees)
 
 
 FOLDERS = {
@@ -157,6 +169,55 @@ FOLDERS = {
         {"model_type": "a2d-qwen3", "tie_word_embeddings": True, "head_dim": 8, "attention_bias": False, **QWEN},
         {"head_norms": True, "tied": True},
         theta=1000000.0,
+    ),
+    "SDAR": Folder(
+        {
+            "model_type": "sdar",
+            "architectures": ["SDARForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration_sdar.C", "AutoModelForCausalLM": "modeling_sdar.M"},
+            "tie_word_embeddings": False,
+            "head_dim": 8,
+            "attention_bias": False,
+            "mask_token_id": 2,
+            "block_size": 4,
+            "attn_implementation": "flex_attention",
+            "fuse_cross_entropy": True,
+            **QWEN,
+        },
+        {"head_norms": True},
+        theta=1000000.0,
+        block=4,
+    ),
+    "Fast-dLLM v2": Folder(  # no mask token in its config.json
+        {
+            "model_type": "Fast_dLLM_Qwen",
+            "architectures": ["Fast_dLLM_QwenForCausalLM"],
+            "auto_map": {"AutoConfig": "configuration.C", "AutoModelForCausalLM": "modeling.M"},
+            "bd_size": 4,
+            "conplemenrary_mask": True,
+            "layer_types": ["full_attention"] * 2,
+            "use_cache": True,
+            "tie_word_embeddings": True,
+            **QWEN,
+        },
+        {"biases": True, "tied": True},
+        theta=1000000.0,
+        shift=1,
+        block=4,
+    ),
+    "DreamReasoner": Folder(
+        {
+            "model_type": "Dream",
+            "auto_map": {"AutoConfig": "configuration_dream.C", "AutoModelForCausalLM": "modeling_dream.M"},
+            "tie_word_embeddings": False,
+            "head_dim": 8,
+            "mask_token_id": 2,
+            "block_size": 3,
+            **QWEN,
+        },
+        {"head_norms": True},
+        theta=1000000.0,
+        block=3,
     ),
     "A2D-Llama": Folder({"model_type": "a2d-llama", "tie_word_embeddings": False}, eps=1e-5),
     "LLaDA-MoE": Folder(  # no mask token in its config.json
@@ -367,14 +428,19 @@ def test_on_every_route_logits_are_moved_once(folder, path):
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     batch = make_batch()
     maskable = batch["labels"] != -100
-    draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1)
+    draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1, **folder.blocks(batch))
     rows = (batch["input_ids"], maskable, batch["attention_mask"])
     expected = elbo(moved(model, folder.shift), *rows, draws=draws, mask_token_id=2).value
+    if folder.block:
+        with torch.no_grad():
+            numbers = block_numbers(batch, folder.block)
+            expected = block_terms(of_model(model), batch, draws, numbers, folder.shift).sum(1)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))  # in place
     for each in (model, wrapped, torch.nn.DataParallel(model), torch.nn.DataParallel(wrapped)):
-        assert torch.equal(elbo(each, *rows, draws=draws, mask_token_id=2).value, expected)
+        value = elbo(each, *rows, draws=draws, mask_token_id=2).value
+        torch.testing.assert_close(value, expected, rtol=1e-6 if folder.block else 0, atol=0)
     torch.testing.assert_close(scored(model, batch).elbo.value, expected, rtol=1e-5, atol=1e-5)
-    if folder.shift:
+    if folder.shift and not folder.block:
         assert not torch.allclose(elbo(moved(model, 0), *rows, draws=draws, mask_token_id=2).value, expected, rtol=0.01)
 
 
@@ -383,7 +449,7 @@ def test_a_module_of_ones_own_is_asked_for_logits_in_place():
         def forward(self, input_ids, attention_mask=None):
             return torch.arange(5.0).view(1, 5, 1).expand(1, 5, 3)
 
-    assert token_logits(Own(), IDS, None)[0, :, 0].tolist() == [0, 1, 2, 3, 4]
+    assert token_logits(Own(), IDS, None, IDS, IDS != 2)[0, :, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_generate_takes_the_first_token_from_the_logits_before_it(folder, path):
@@ -413,7 +479,7 @@ LN2 = torch.tensor(2.0).log().item()
 
 def test_trained_by_path_with_an_adapter(folder, tmp_path):
     """With layer checkpointing, TRL's default. Where config.json has no mask token it is the tokenizer's."""
-    by_default = folder.fields["model_type"] in ("illada", "llada")  # another token of this tokenizer
+    by_default = folder.fields["model_type"] in ("illada", "llada", "Fast_dLLM_Qwen")  # another token of this tokenizer
     mask = {"mask_token_id": 2} if by_default else {}
     path = folder.write(tmp_path / "published", **mask)
     make_tokenizer(with_mask=True).save_pretrained(path)
@@ -615,15 +681,17 @@ def test_a_choice_of_kernels_is_not_taken_from_a_published_configuration(tmp_pat
 
 
 def test_dream_reasoner_is_not_dream(tmp_path):
-    path = FOLDERS["Dream"].write(tmp_path, block_size=32)
+    path = FOLDERS["Dream"].write(tmp_path, block_size=32, head_dim=8)
     assert family_of(AutoConfig.from_pretrained(path)).name == "DreamReasoner"
-    with pytest.raises(ValueError, match="DreamReasoner.*block diffusion.*blocks of 32 tokens"):
+    with pytest.raises(ValueError, match="model_type='Dream' lacks .*another architecture"):
         AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(ValueError, match=r"`block_size=32` is an entry of DreamReasoner.*`AutoConfig.from_pretrained`"):
+        DreamConfig(block_size=32)
 
 
 def test_nemotron_in_blocks_is_another_model(tmp_path):
     path = FOLDERS["Nemotron"].write(tmp_path, dlm_paradigm="block_diff")
-    with pytest.raises(ValueError, match="Nemotron.*dlm_paradigm='block_diff'.*blocks of 32 tokens"):
+    with pytest.raises(ValueError, match="Nemotron.*dlm_paradigm='block_diff'.*clean text is seen token by token"):
         AutoModelForCausalLM.from_pretrained(path)
 
 

@@ -318,3 +318,96 @@ def test_draws_are_printed_by_their_sizes():
 def test_mask_draws_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"\(K, B, L\) bool"):
         MaskDraws(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 3))
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+# One prompt token and six of the response in absolute blocks of three: two of the first block, a whole one, one token
+BLOCKS, PARTS = torch.tensor([0, 0, 0, 1, 1, 1, 2]), (slice(1, 3), slice(3, 6), slice(6, 7))
+
+
+@pytest.mark.parametrize("couple_pairs", [False, True], ids=["", "coupled"])
+@pytest.mark.parametrize("control", ["plain", "control"])
+@pytest.mark.parametrize("stratify", [False, True], ids=["", "stratified"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_law_of_each_block(scheme, stratify, control, couple_pairs):
+    """A block that the response begins in, a whole one, and a single token: each keeps the law as a row does."""
+    number = 3
+    ids = response_pairs(6) if couple_pairs else torch.arange(ROWS).repeat_interleave(7).view(ROWS, -1)
+    maskable, blocks = (torch.arange(7) > 0).expand(len(ids), -1), BLOCKS.expand(len(ids), -1)
+    arguments = (maskable, number, scheme, stratify, 1, ids)
+    options = {"couple_pairs": couple_pairs, "blocks": blocks}
+    draws = draw_masks(*arguments, control_variate=CONTROLS[control], **options)
+    level = draw_masks(*arguments, control_variate="leave_one_out", **options).control.inclusion
+    level = level.unflatten(1, (len(ids), len(PARTS)))  # (K, B, blocks)
+    for block, part in enumerate(PARTS):
+        length = part.stop - part.start
+        law, keep = [1 / (n * comb(length, n)) for n in range(1, length + 1)], torch.ones(len(ids), dtype=torch.bool)
+        if scheme == "bernoulli":
+            keep, law = (level[..., block] >= 1 / CAP).all(0), capped_law(length, number, stratify)
+        for half in torch.arange(len(ids)).chunk(1 + couple_pairs):
+            masked, weight = draws.masked[:, half, part], draws.weight[:, half, part]
+            mean, standard_error = mean_weight_by_mask(masked, weight, keep[half])
+            for m in subsets(length):
+                row, places = sum(1 << i for i in m), list(m)
+                z = (mean[row, places] - law[len(m) - 1]) / standard_error[row, places]
+                assert z.abs().max() < LARGEST_Z, (block, m)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("stratify", [False, True], ids=["", "stratified"])
+def test_blocks_are_drawn_for_independently(scheme, stratify):
+    """One draw hides something of every block, and how much of one says nothing of another."""
+    ids = torch.arange(4000 * 8).view(4000, 8)
+    blocks = torch.arange(8).div(4, rounding_mode="floor").expand(4000, -1)
+    draws = draw_masks(torch.ones_like(ids).bool(), 2, scheme, stratify, rows=ids, blocks=blocks)
+    counts = draws.masked.unflatten(-1, (2, 4)).sum(-1).double()  # (K, B, blocks)
+    assert scheme == "bernoulli" or bool((counts > 0).all())
+    for first in range(2):
+        for second in range(2):
+            assert abs(torch.corrcoef(torch.stack([counts[first, :, 0], counts[second, :, 1]]))[0, 1]) < 4 / 4000**0.5
+
+
+@pytest.mark.parametrize("more", [{}, {"control_variate": ControlVariate()}, {"couple_pairs": True}], ids=str)
+def test_blocks_of_a_row_depend_on_the_row_alone(more):
+    """Padding on either side and rows with other blocks change nothing; of coupled responses equal blocks are equal."""
+    sampler = MaskSampler(4, "mirror", True, seed=7, **more)
+    row, others = torch.arange(20, 31), torch.randint(5, 50, (2, 15), generator=torch.Generator().manual_seed(0))
+    numbers = (torch.arange(11) - 1).div(4, rounding_mode="floor")
+    maskable = torch.arange(11) >= 3
+    alone = sampler(maskable[None], row[None], torch.ones(1, 11), 5, blocks=numbers[None])
+    for start in (0, 4):
+        ids, real = others.clone(), torch.ones(2, 15)
+        blocks, there = torch.arange(15).div(5, rounding_mode="floor").repeat(2, 1), torch.arange(15).repeat(2, 1) >= 6
+        place = slice(start, start + 11)
+        ids[0], real[0], blocks[0], there[0] = 0, 0, 0, False
+        ids[0, place], real[0, place], blocks[0, place], there[0, place] = row, 1, numbers, maskable
+        batch = sampler(there, ids, real, 5, blocks=blocks)
+        assert torch.equal(batch.masked[:, 0, place], alone.masked[:, 0])
+        assert torch.equal(batch.weight[:, 0, place], alone.weight[:, 0])
+        assert batch.masked.sum() == (batch.masked & there).sum()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_control_variate_of_blocks_is_that_of_rows(scheme):
+    """Weights give what the samples of single draws give on average, and a block is controlled by itself."""
+    maskable, blocks = (torch.arange(7) > 0).expand(5, -1), BLOCKS.expand(5, -1)
+    draws = draw_masks(maskable, 6, scheme, seed=8, control_variate="leave_one_out", blocks=blocks)
+    f = torch.randn(draws.masked.shape, generator=torch.Generator().manual_seed(0)).double() * draws.masked
+    samples, control = draws.samples(f)
+    assert samples.shape == control.shape == (6, 5)
+    torch.testing.assert_close((draws.weight * f).sum((0, 2)), samples.mean(0), rtol=1e-5, atol=1e-5)
+    of_blocks = 0
+    for part in PARTS:
+        inside = torch.zeros_like(f)
+        inside[..., part] = f[..., part]
+        of_blocks = of_blocks + draws.samples(inside)[0]
+    torch.testing.assert_close(of_blocks, samples)
+
+
+def test_blocks_that_go_down_are_refused():
+    maskable = torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="`blocks` must number the blocks of a row from left to right"):
+        draw_masks(maskable, blocks=torch.tensor([[0, 1, 0, 1]]))
+    with pytest.raises(ValueError, match=r"`blocks` is \(1, 3\) and `maskable` \(1, 4\)"):
+        draw_masks(maskable, blocks=torch.zeros(1, 3))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from block_reference import block_numbers, block_terms, naive_block_response, of_model
 from conftest import HUB_TEMPLATE, make_model, make_tokenizer
 from encoders import make_encoder
 from test_decoders import FOLDERS
@@ -79,12 +80,14 @@ class Row:
         literal: its record, where the package has none.
         pads_left: whether the model itself can be given rows that are padded on the left.
         shift: how far before a token its logits stand.
+        block: of a block diffusion model, tokens of a block.
     """
 
     make: Callable[[], PreTrainedModel]
     literal: Family | None = None
     pads_left: bool = True
     shift: int = 0
+    block: int | None = None
 
 
 # Learnt positions count from the left: BERT's. RoBERTa counts tokens that are no padding
@@ -94,7 +97,11 @@ ROWS = {
     "no literal": Row(make_llama),
     "shifted": Row(make_llama, Family(name="shifted", model_types=("llama",), logit_shift=1), shift=1),
     # With Ministral's sharpening of attention, positions count from the left
-    **{name: Row(folder.model, shift=folder.shift, pads_left=not folder.yarn) for name, folder in FOLDERS.items()},
+    **{
+        name: Row(folder.model, shift=folder.shift, pads_left=not folder.yarn, block=folder.block)
+        for name, folder in FOLDERS.items()
+    },
+    "blocks": Row(make_llama, Family(name="blocks", model_types=("llama",), attention=Blocks(3)), block=3),
     "soft cap": Row(
         make_capped, Family(name="cap", model_types=("gemma2",), head=Head(soft_cap="final_logit_softcapping"))
     ),
@@ -144,14 +151,23 @@ def test_the_head_is_the_plain_definition(row, mode):
     for left in {False, row.pads_left}:
         batch = make_batch(left=left)
         output = scored(model, batch, elbo_gradient=mode)
-        maskable = batch["labels"] != -100
-        draws = MaskSampler(5)(maskable, batch["input_ids"], batch["attention_mask"], 1)
-        plain = elbo(in_place(model, row.shift), batch["input_ids"], maskable, batch["attention_mask"], draws=draws)
-        torch.testing.assert_close(output.log_probs, plain.terms[:, 1:], rtol=1e-5, atol=1e-5)
+        terms = plain_terms(row, model, batch)
+        torch.testing.assert_close(output.log_probs, terms[:, 1:], rtol=1e-5, atol=1e-5)
         ours = gradients(model, output.log_probs.sum(1) @ weights)
-        theirs = gradients(model, plain.value @ weights)
+        theirs = gradients(model, terms.sum(1) @ weights)
         assert_same_gradients(ours, {name: theirs[name] for name in ours})
         assert all(name in ours or not gradient.any() for name, gradient in theirs.items())
+
+
+def plain_terms(row, model, batch):
+    """Of the draws that the head makes, by full logits, or for each block of each draw alone."""
+    maskable, real = batch["labels"] != -100, batch["attention_mask"]
+    if row.block is None:
+        draws = MaskSampler(5)(maskable, batch["input_ids"], real, 1)
+        return elbo(in_place(model, row.shift), batch["input_ids"], maskable, real, draws=draws).terms
+    numbers = block_numbers(batch, row.block)
+    draws = MaskSampler(5)(maskable, batch["input_ids"], real, 1, blocks=numbers)
+    return block_terms(of_model(model), batch, draws, numbers, row.shift)
 
 
 def assert_same_gradients(ours, theirs):
@@ -178,8 +194,14 @@ def test_a_head_that_is_called_is_the_head_that_is_multiplied_with(row, monkeypa
 @pytest.mark.parametrize("arguments", [{"max_new_tokens": 6}, {"max_new_tokens": 6, "steps": 2, "cfg_scale": 0.5}])
 def test_generate_is_the_naive_sampler(row, arguments):
     model = row.make()
+    if row.block:
+        arguments = {**arguments, "cfg_scale": 0, "confidence_threshold": 0.2}
     for prompt in PROMPTS:
-        expected, _ = naive_response(in_place(model, row.shift), prompt, **arguments, pad=1)
+        if row.block:
+            schedule = {"max_new_tokens": 6, "steps": arguments.get("steps"), "threshold": 0.2}
+            expected = naive_block_response(of_model(model), prompt, row.block, row.shift, **schedule, pad=1)
+        else:
+            expected, _ = naive_response(in_place(model, row.shift), prompt, **arguments, pad=1)
         sequences = generate(model, torch.tensor([prompt]), **arguments, eos_token_id=[0], pad_token_id=1)
         assert sequences[0, len(prompt) :].tolist() == expected
 
@@ -230,6 +252,7 @@ OTHERWISE = {
     "lora_target_modules": "x",
     "unquantized": ("x",),
     "sampling": (("steps", 3),),
+    "unscored": "there is no class for it",
 }
 
 
@@ -241,7 +264,7 @@ OTHERWISE = {
         (SimpleNamespace(model_type="Dream"), "Dream"),
         (SimpleNamespace(model_type="Dream", block_size=32), "DreamReasoner"),
         (SimpleNamespace(model_type="llada"), "LLaDA"),
-        (SimpleNamespace(model_type="sdar_moe"), "SDAR"),
+        (SimpleNamespace(model_type="sdar_moe", block_size=4), "SDAR-MoE"),
     ],
 )
 def test_a_family_is_a_function_of_the_whole_configuration(config, name):
@@ -251,9 +274,12 @@ def test_a_family_is_a_function_of_the_whole_configuration(config, name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (SimpleNamespace(model_type="sdar"), "SDAR.*block diffusion.*blocks of 4 tokens"),
-        (SimpleNamespace(model_type="sdar", block_size=16), "SDAR.*block diffusion.*blocks of 16 tokens"),
-        (SimpleNamespace(model_type="Fast_dLLM_Qwen", bd_size=8), "Fast-dLLM.*blocks of 8 tokens"),
+        (SimpleNamespace(model_type="sdar_moe"), "SDAR-MoE.*no class for its layers, which have experts"),
+        (SimpleNamespace(model_type="llada2_moe"), "LLaDA2.*no class for its layers, whose experts"),
+        (
+            SimpleNamespace(model_type="nemotron_labs_diffusion", dlm_paradigm="block_diff"),
+            "Nemotron.*clean text is seen token by token",
+        ),
         (SimpleNamespace(model_type="diffusion_gemma"), "DiffusionGemma.*replaces tokens by other tokens"),
     ],
 )

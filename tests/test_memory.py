@@ -126,7 +126,16 @@ def make_stepped(folder, *, dtype="float32", peft_config=None, quantization_conf
 
 
 def peak_of_step(
-    model, num_responses, num_mc_samples, draws_per_forward, elbo_gradient, bf16, layers=False, device="cpu"
+    model,
+    num_responses,
+    num_mc_samples,
+    draws_per_forward,
+    elbo_gradient,
+    bf16,
+    layers=False,
+    device="cpu",
+    length=LENGTH,
+    response=RESPONSE,
 ):
     """Bytes of a real step, of the policy and the reference, from which nothing but gradients was there before."""
     model.train()
@@ -135,8 +144,8 @@ def peak_of_step(
         base.activation_checkpointing_enable({"use_reentrant": False})
         if base is not model:
             base.enable_input_require_grads()
-    ids = torch.randint(6, 299, (num_responses, LENGTH), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(torch.arange(LENGTH) < LENGTH - RESPONSE, -100)
+    ids = torch.randint(6, 299, (num_responses, length), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(length) < length - response, -100)
     ids, labels = ids.to(device), labels.to(device)
 
     def step(number):

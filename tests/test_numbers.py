@@ -173,7 +173,7 @@ def test_the_head_scores_a_bfloat16_model_no_worse_than_its_logits():
     class Given:
         num_mc_samples = 2
 
-        def __call__(self, *args):
+        def __call__(self, *args, blocks=None):
             return draws
 
     labels = ids.masked_fill(~maskable, -100)

@@ -74,6 +74,8 @@ _CONFIGURATIONS = {
     "a2d-qwen3": "A2DQwen3Config",
     "a2d-llama": "A2DLlamaConfig",
     "nemotron_labs_diffusion": "NemotronLabsDiffusionConfig",
+    "sdar": "SDARConfig",
+    "Fast_dLLM_Qwen": "FastDLLMQwenConfig",
 }
 
 

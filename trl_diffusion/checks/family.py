@@ -20,7 +20,9 @@ from ..models.causality import check_attention
 from ..models.chat_template import give_chat_template, use_training_template
 from ..models.denoiser import check_head, check_parts, resolve_mask_token_id
 from ..models.end_of_text import use_end_of_text
-from ..models.families import family_of
+from ..models.families import blocks_of, family_of
+from ..models.family import Blocks
+from ..models.full_logits import block_logits
 from ..models.padded import check_padding
 from ..models.positions import position_limit
 from ..models.trying import evaluating, is_elsewhere
@@ -167,6 +169,8 @@ def _head(subject: _Subject) -> str:
 def _causality(subject: _Subject) -> str:
     _need_weights(subject)
     check_attention(subject.model, subject.mask)
+    if isinstance(family_of(subject.model.config).attention, Blocks):
+        return "a block sees itself and what is before it"
     return "the first token's logits change with the last token"
 
 
@@ -239,9 +243,13 @@ def _elbo(subject: _Subject, shift: int) -> float:
     maskable = torch.ones_like(ids).bool()
     maskable[:, 0] = False
 
+    blocks = blocks_of(model.config, maskable, torch.ones_like(maskable))
+
     def in_place(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if blocks is not None:
+            return block_logits(model, input_ids[0], ids[0], blocks[0], shift).unsqueeze(0)
         return family.in_place(model(input_ids=input_ids).logits)
 
-    draws = draw_masks(maskable, 4, "mirror", rows=ids)
+    draws = draw_masks(maskable, 4, "mirror", rows=ids, blocks=blocks)
     with torch.no_grad(), evaluating(model):
         return elbo(in_place, ids, maskable, draws=draws, mask_token_id=subject.mask).value.item()

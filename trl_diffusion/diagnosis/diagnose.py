@@ -148,9 +148,12 @@ def _score_pair(scorer: Scorer, inputs: dict[str, torch.Tensor], sampler: MaskSa
     policy, reference = (torch.stack(values) for values in list(zip(*sets, strict=True))[1:])
     differs = not torch.equal(policy, reference)
     values = policy - reference if differs else policy
-    places = inputs["maskable"]
-    law = sampler.level_concentration
-    scored = [Scored(masked[:, :, b, places[b]], values[:, :, b, places[b]], law) for b in (0, 1)]
+    places, blocks, law = inputs["maskable"], scorer.blocks(inputs), sampler.level_concentration
+    scored = []
+    for b in (0, 1):
+        numbers = torch.zeros(0) if blocks is None else blocks[b, places[b]]
+        sizes = tuple(numbers.unique_consecutive(return_counts=True)[1].tolist())
+        scored.append(Scored(masked[:, :, b, places[b]], values[:, :, b, places[b]], law, sizes))
     return *scored, [inputs["input_ids"][b][places[b]].tolist() for b in (0, 1)], differs
 
 

@@ -19,6 +19,7 @@ from ..checks.inputs import check_arguments, check_models, check_same_vocabulary
 from ..checks.numbers import naming_the_example
 from ..estimators.draws import MaskDraws, MaskSampler
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
+from ..models.families import blocks_of
 from ..scoring.adapters import refuse_changed_base
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead
@@ -67,11 +68,16 @@ class Scorer:
         models = [model for model in (self.policy, self.reference) if model is not None]
         return repr([(hash_module(m), scoring_key(m, self.mask_token_id, self.args.mixed_precision)) for m in models])
 
+    def blocks(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Of a block diffusion model, the number of each token's block."""
+        return blocks_of(_base(self.policy).config, inputs["maskable"], inputs["attention_mask"].bool())
+
     def score(
         self, sampler: MaskSampler, inputs: dict[str, torch.Tensor], nonce: int
     ) -> tuple[MaskDraws, torch.Tensor, torch.Tensor]:
         """The draws of a nonce, and `(K, B, L)` log-probabilities on them, of the policy and of the reference."""
-        draws = sampler(inputs["maskable"], inputs["input_ids"], inputs["attention_mask"], nonce)
+        rows = (inputs["maskable"], inputs["input_ids"], inputs["attention_mask"])
+        draws = sampler(*rows, nonce, blocks=self.blocks(inputs))
         head = ELBOHead(sampler, self.mask_token_id, self.args.draws_per_forward)
         labels = inputs["input_ids"].masked_fill(~inputs["maskable"], -100)
 

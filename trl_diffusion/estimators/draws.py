@@ -17,6 +17,8 @@ Randomness is a value here: a draw is a pure function of (seed, nonce, row conte
 (`hashing.py`) with no generator state. So the policy and its reference meet the same masks, and neither padding nor
 batch mates, accumulation, world size, device or resuming change a row's draws.
 
+For a block diffusion model all of this holds for each block of a row by itself, and so for their sum (`cells.py`).
+
 This module knows nothing of models.
 """
 
@@ -24,6 +26,7 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
+from .cells import Cells, find_cells
 from .control_variate import Control, ControlVariate, named_control_variate
 from .hashing import hash_rows, mix, mix_int, uniform
 from .schemes import SCHEMES, check_levels
@@ -44,12 +47,14 @@ class MaskDraws:
             average over draws is part of it.
         draws_per_unit: that many draws in a row depend on each other; units of them are independent, given the levels.
         control: how `weight` came about, where a control variate is part of it.
+        cells: what was drawn for independently, of which `control` knows; rows without it.
     """
 
     masked: torch.Tensor
     weight: torch.Tensor
     draws_per_unit: int = 1
     control: Control | None = None
+    cells: Cells | None = None
 
     def __post_init__(self) -> None:
         if self.masked.dim() != 3 or self.masked.dtype != torch.bool or self.masked.shape != self.weight.shape:
@@ -80,7 +85,9 @@ class MaskDraws:
         """
         if self.control is None:
             return (log_probs * self.weight).sum(-1) * self.num_mc_samples, None
-        plain, control = (part.to(log_probs.dtype) for part in self.control.samples(log_probs))
+        cells = self.cells or Cells(self.control.maskable)
+        parts = self.control.samples(cells.gather(log_probs))
+        plain, control = (cells.add_up(part).to(log_probs.dtype) for part in parts)
         return plain - self.control.settings.kappa * control, control
 
 
@@ -117,6 +124,7 @@ class MaskSampler:
         attention_mask: torch.Tensor | None = None,
         nonce: int = 0,
         kappa: float | None = None,
+        blocks: torch.Tensor | None = None,
     ) -> MaskDraws:
         """Draw masks for a batch, see [`draw_masks`]; `kappa` takes the place of the control variate's own."""
         settings = named_control_variate(self.control_variate)
@@ -134,6 +142,7 @@ class MaskSampler:
             control_variate=settings,
             couple_pairs=self.couple_pairs,
             level_concentration=self.level_concentration,
+            blocks=blocks,
         )
 
     @property
@@ -155,6 +164,7 @@ def draw_masks(
     control_variate: ControlVariate | str | None = None,
     couple_pairs: bool = False,
     level_concentration: float = 1.0,
+    blocks: torch.Tensor | None = None,
 ) -> MaskDraws:
     """
     Draw K masks for each row.
@@ -178,15 +188,17 @@ def draw_masks(
         level_concentration: levels are drawn from Beta(a, a) with this a in (0, 1], and weighed for it, so that the
             mean is the same. 1 is uniform. Below it the ends of (0, 1) come more often and weigh less, which for long
             responses is quieter; 0.5 is the arcsine law. For schemes that draw a count.
+        blocks: `(B, L)` int64, of a block diffusion model the number of each token's block, going up. Each block is
+            then drawn for as a row of its own is, and one draw hides something of all of them.
 
     Returns:
         [`MaskDraws`] on the device of `maskable`.
 
     Raises:
         ValueError: unknown scheme or control variate, K < 1, `couple_pairs` without `rows`, no such law of levels or
-            none that the scheme has, shapes that differ, or a row in which nothing is maskable.
+            none that the scheme has, shapes that differ, blocks out of order, or a row in which nothing is maskable.
     """
-    check_shapes(maskable, rows=rows, attention_mask=attention_mask)
+    check_shapes(maskable, rows=rows, attention_mask=attention_mask, blocks=blocks)
     settings = named_control_variate(control_variate)
     check_levels(scheme, level_concentration)
     if num_mc_samples < 1:
@@ -196,19 +208,20 @@ def draw_masks(
     maskable = maskable.bool()
     _refuse_empty(maskable)
 
-    size = SCHEMES[scheme].draws_per_unit
+    cells, size = find_cells(maskable, blocks), SCHEMES[scheme].draws_per_unit
     key = mix(mix(_row_content(maskable, rows, attention_mask, couple_pairs) + mix_int(seed)) + mix_int(nonce))
+    key = cells.keys(key)
     unit = torch.arange(-(-num_mc_samples // size), device=maskable.device).unsqueeze(1)  # (U, 1)
     share = _shares(key, unit, stratify)
-    noise = mix(mix(mix(key + _TOKEN) + unit).unsqueeze(-1) + _token_content(maskable, rows, couple_pairs))
+    noise = mix(mix(mix(key + _TOKEN) + unit).unsqueeze(-1) + _token_content(cells, rows, couple_pairs))
 
-    made = SCHEMES[scheme].make(share, noise, maskable, level_concentration)
-    masked, inclusion, importance = (x.flatten(0, 1)[:num_mc_samples] for x in made)  # (K, B, L), and (K, B) twice
+    made = SCHEMES[scheme].make(share, noise, cells.maskable, level_concentration)
+    masked, inclusion, importance = (x.flatten(0, 1)[:num_mc_samples] for x in made)  # (K, C, W), and (K, C) twice
     scale = importance / (inclusion.double() * num_mc_samples)
     if settings is None:
-        return MaskDraws(masked, (scale.unsqueeze(-1) * masked).float(), size)
-    control = Control(settings, masked, maskable, scale, inclusion.double(), size)
-    return MaskDraws(masked, control.weight().float(), size, control)
+        return MaskDraws(cells.scatter(masked), cells.scatter((scale.unsqueeze(-1) * masked).float()), size)
+    control = Control(settings, masked, cells.maskable, scale, inclusion.double(), size)
+    return MaskDraws(cells.scatter(masked), cells.scatter(control.weight().float()), size, control, cells)
 
 
 def _refuse_empty(maskable: torch.Tensor) -> None:
@@ -248,7 +261,7 @@ def _row_content(maskable, rows, attention_mask, couple_pairs):
     return hash_rows(rows.long() * 2 + maskable, real)
 
 
-def _token_content(maskable, rows, couple_pairs):
-    """`(B, L)` what names a token in its row: its place among the maskable ones; for coupled responses itself too."""
-    place = maskable.long().cumsum(-1)
-    return mix(place) + rows.long() if couple_pairs else place
+def _token_content(cells, rows, couple_pairs):
+    """`(C, W)` what names a token in its cell: its place among the maskable ones; for coupled responses itself too."""
+    place = cells.maskable.long().cumsum(-1)
+    return mix(place) + cells.gather(rows.long()) if couple_pairs else place

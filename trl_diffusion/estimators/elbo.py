@@ -140,7 +140,7 @@ def elbo(
         raise ValueError("`model` has no `config.mask_token_id`: pass `mask_token_id`.")
     _check_rows(input_ids, maskable, attention_mask, draws, mask_token_id)
     log_probs = [
-        _token_log_probs(model, noise_inputs(input_ids, masked, mask_token_id), input_ids, attention_mask)
+        _token_log_probs(model, noise_inputs(input_ids, masked, mask_token_id), input_ids, attention_mask, maskable)
         for masked in draws.masked
     ]
     return weigh(torch.stack(log_probs), draws)
@@ -197,19 +197,26 @@ def weigh(log_probs: torch.Tensor, draws: MaskDraws) -> ELBO:
 
 
 @singledispatch
-def token_logits(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def token_logits(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    text: torch.Tensor,
+    maskable: torch.Tensor,
+) -> torch.Tensor:
     """
-    `(B, L, V)` logits for the token at each position.
+    `(B, L, V)` logits for the token at each position of noised rows.
 
     Whatever can be called is asked for just that. A type of model whose logits stand elsewhere registers how it is to
-    be asked, as `models/logits.py` does for those that belong to a family; nothing else moves logits.
+    be asked, as `models/full_logits.py` does for those that belong to a family; nothing else moves logits. `text`, the
+    rows as they were, is for models that see noise in a part of a row only; `maskable` says where its response is.
     """
     outputs = model(input_ids=input_ids, attention_mask=attention_mask)
     return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
 
 
-def _token_log_probs(model, noised_input_ids, targets, attention_mask):
-    logits = token_logits(model, noised_input_ids, attention_mask)
+def _token_log_probs(model, noised_input_ids, targets, attention_mask, maskable):
+    logits = token_logits(model, noised_input_ids, attention_mask, targets, maskable)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 

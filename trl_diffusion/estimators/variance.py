@@ -32,11 +32,21 @@ class Scored:
         masked: `(S, M, T)` bool over the T tokens of the response; draws 2u and 2u + 1 are a mirror pair.
         log_ratios: `(S, M, T)` nats, policy minus reference, zero where not masked.
         level_concentration: of the law of levels that the draws have.
+        sizes: of a block diffusion model, how many of the tokens lie in each block, from left to right. Blocks were
+            drawn for independently, so that estimates and variances are sums over them.
     """
 
     masked: torch.Tensor
     log_ratios: torch.Tensor
     level_concentration: float = 1.0
+    sizes: tuple[int, ...] = ()
+
+    def blocks(self) -> list["Scored"]:
+        """Each block as a response of its own; the response itself if it is not drawn for by blocks."""
+        if len(self.sizes) < 2:
+            return [self]
+        parts = zip(self.masked.split(self.sizes, -1), self.log_ratios.split(self.sizes, -1), strict=True)
+        return [Scored(*part, self.level_concentration) for part in parts]
 
     @property
     def importance(self) -> torch.Tensor:
@@ -49,6 +59,10 @@ def repeats(scored: Scored, num_draws: int, control_variate: ControlVariate | No
     Estimates from mirror pairs with K = `num_draws`, K even and a divisor of M: `(S, M / K)` nats, each from levels
     that are evenly spread.
     """
+    return torch.stack([_repeats(block, num_draws, control_variate) for block in scored.blocks()]).sum(0)
+
+
+def _repeats(scored: Scored, num_draws: int, control_variate: ControlVariate | None) -> torch.Tensor:
     parts = (scored.masked, scored.log_ratios, scored.importance.unsqueeze(-1))
     masked, values, weight = (_deal(x, num_draws, 2) for x in parts)
     inclusion = masked.sum(-1).double() / masked.shape[-1]  # (K, S * M / K)
@@ -70,7 +84,7 @@ def fixed_count_repeats(scored: Scored, num_draws: int) -> torch.Tensor:
 
 def fixed_count_samples(scored: Scored) -> torch.Tensor:
     """`(S, M)` nats: the estimate of each fixed-count draw alone, (L'/l) S(m) times its importance."""
-    return scored.importance * _plain_samples(scored)
+    return torch.stack([block.importance * _plain_samples(block) for block in scored.blocks()]).sum(0)
 
 
 def _plain_samples(scored: Scored) -> torch.Tensor:
@@ -85,6 +99,10 @@ def paper_variance(scored: Scored) -> float:
     With f = (L'/l) S(m) and r a draw's importance, E f^2 is the mean of r f^2, and E f that of r f. The square of the
     latter is too large by its variance, which is that of sets over S.
     """
+    return sum(map(_paper_variance, scored.blocks()))
+
+
+def _paper_variance(scored: Scored) -> float:
     plain = _plain_samples(scored)
     mean = fixed_count_samples(scored).mean(1)
     square_of_mean = mean.mean().square() - mean.var() / len(mean)
@@ -131,6 +149,11 @@ def variance_parts(scored: Scored) -> dict[str, float]:
 
     Levels are taken together in bins. Parts are unbiased up to that, so a small one may come out below zero.
     """
+    of_blocks = [_variance_parts(block) for block in scored.blocks()]
+    return {part: sum(each[part] for each in of_blocks) for part in of_blocks[0]}
+
+
+def _variance_parts(scored: Scored) -> dict[str, float]:
     masked, values = scored.masked.flatten(0, 1), scored.log_ratios.flatten(0, 1)
     samples = fixed_count_samples(scored).flatten()
     order = masked.sum(1).argsort(stable=True)

@@ -6,17 +6,22 @@ Knows transformers; importing it makes the auto classes know the native models. 
 
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .._after_import import after_import
+from . import full_logits as full_logits  # lets `elbo` ask models for logits
 from .decoders.auto import register
+from .decoders.block_diffusion import StableDiffcoderForCausalLM
 from .decoders.configuration import (
     A2DLlamaConfig,
     A2DQwen2Config,
     A2DQwen3Config,
     DreamConfig,
+    FastDLLMQwenConfig,
     ILLaDAConfig,
     LLaDAMoEConfig,
+    SDARConfig,
 )
 from .decoders.family import DECODERS
 from .decoders.nemotron import NemotronLabsDiffusionConfig
@@ -35,7 +40,8 @@ register()
 def _tell_peft(constants: Any) -> None:
     """Default targets of LoRA, where PEFT has those of the model types that it knows; the trainers need no telling."""
     targets = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    for family in (family for family in (LLADA, *DECODERS) if family.auto_class):  # those with classes here
+    # Those with classes here, but none that goes by a `model_type` of transformers
+    for family in (family for family in (LLADA, *DECODERS) if hasattr(transformers, family.auto_class)):
         for name in family.model_types:
             before, own = targets.get(name, ""), family.lora_target_modules
             targets[name] = f"{before}|{own}" if ".*" in before else own  # two families of one `model_type`: patterns
@@ -48,10 +54,13 @@ __all__ = [
     "A2DQwen2Config",
     "A2DQwen3Config",
     "DreamConfig",
+    "FastDLLMQwenConfig",
     "ILLaDAConfig",
     "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAModel",
     "LLaDAModelLM",
     "NemotronLabsDiffusionConfig",
+    "SDARConfig",
+    "StableDiffcoderForCausalLM",
 ]

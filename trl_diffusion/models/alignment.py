@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .families import family_of
+from .families import blocks_of, family_of
+from .full_logits import block_logits, unwrapped
 from .trying import evaluating, is_elsewhere
 
 Rows = Iterable[tuple[Sequence[int], Sequence[int]]]
@@ -109,8 +110,23 @@ def _nats(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
     prompt = prompt[-_LONGEST // 2 :]
     ids = torch.tensor([*prompt, *response[: _LONGEST // 2]], device=model.get_input_embeddings().weight.device)
     hidden = torch.arange(max(len(prompt), 1), len(ids), 2, device=ids.device)
-    logits = model(input_ids=ids.index_fill(0, hidden, mask_token_id).unsqueeze(0)).logits[0]
-    places = torch.stack([hidden, hidden - 1]).to(logits.device)
-    log_probs = logits[places].float().log_softmax(-1)
-    targets = ids[hidden].to(logits.device).expand(2, -1).unsqueeze(-1)
+    noised, is_response = (
+        ids.index_fill(0, hidden, mask_token_id),
+        torch.arange(len(ids), device=ids.device) >= len(prompt),
+    )
+    log_probs = _both_alignments(model, noised, ids, is_response, hidden).float().log_softmax(-1)
+    targets = ids[hidden].to(log_probs.device).expand(2, -1).unsqueeze(-1)
     return -log_probs.gather(-1, targets).squeeze(-1).cpu()
+
+
+def _both_alignments(
+    model: PreTrainedModel, noised: torch.Tensor, ids: torch.Tensor, is_response: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """`(2, n, V)` logits."""
+    blocks = blocks_of(model.config, is_response.unsqueeze(0), torch.ones_like(is_response).unsqueeze(0))
+    if blocks is None:
+        logits = model(input_ids=noised.unsqueeze(0)).logits[0]
+        return logits[torch.stack([hidden, hidden - 1]).to(logits.device)]
+    inner = unwrapped(model)
+    assert inner is not None
+    return torch.stack([block_logits(inner, noised, ids, blocks[0], shift)[hidden] for shift in (0, 1)])

@@ -1,13 +1,15 @@
-"""Whether a model sees both sides of a token, in every layer: tried and not believed."""
+"""Whether a model sees both sides of a token, in every layer, or its block and those before it: tried, not believed."""
 
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .families import family_of
-from .logits import hidden_states
-from .trying import evaluating, trial_tokens
+from .blocks import History, as_they_are, denoise, read
+from .families import blocks_of, family_of
+from .family import Blocks
+from .logits import hidden_states, logits_of
+from .trying import close, evaluating, trial_tokens
 
 _CHANGED = 4  # the place of the token that is changed, of eight
 
@@ -22,11 +24,13 @@ def check_attention(model: PreTrainedModel, mask_token_id: int) -> None:
         ValueError: names the layer.
     """
     tokens, name = trial_tokens(model, mask_token_id), type(model).__name__
+    if isinstance(family_of(model.config).attention, Blocks):
+        return _check_blocks(model, tokens)
     changed = tokens.clone()
     changed[:, -1] = mask_token_id
     with evaluating(model):
         logits, after_change = (model(input_ids=ids).logits for ids in (tokens, changed))
-        layer = _causal_layer(model, tokens) if family_of(model.config).attention == "full" else ""
+        layer = _causal_layer(model, tokens)
     if torch.equal(logits[:, 0], after_change[:, 0]):
         raise ValueError(
             f"`{name}` attends causally: its prediction for the first token does not change with the last. Masked "
@@ -38,6 +42,25 @@ def check_attention(model: PreTrainedModel, mask_token_id: int) -> None:
             f"`{layer}` of `{name}` sees what comes before a token and not what comes after it, while other layers see "
             "both: as an encoder it was not trained like that, and as an autoregressive model it has no ELBO. Use a "
             "class all of whose layers see both sides."
+        )
+
+
+def _check_blocks(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """A block is run behind the keys and values of the one before it: that has to give what the whole model gives."""
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    blocks = blocks_of(model.config, everywhere, everywhere)
+    assert blocks is not None
+    numbers, half = blocks[0], tokens.shape[1] // 2
+    with evaluating(model):
+        logits, _ = as_they_are(model, tokens)
+        _, first = read(model, tokens[0, :half], numbers[:half])
+        behind = [denoise(model, tokens[:, half:], numbers[half:], half, h) for h in (first, History(numbers[:0]))]
+        seen, alone = (logits_of(model, each).float() for each in behind)
+    if not close(seen, logits[:, half:]) or torch.equal(seen, alone):
+        raise ValueError(
+            f"`{type(model).__name__}` does not show a block what is before it and hide what is after it, when it is "
+            "given an attention mask and `past_key_values`. Use a causal class of transformers for this architecture, "
+            "see docs/adding-a-model.md."
         )
 
 

@@ -5,8 +5,10 @@ Some are known only to be refused: their checkpoints would load, with remote cod
 """
 
 import copy
+from importlib import import_module
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig
 
@@ -17,29 +19,32 @@ from .llada.family import LLADA
 
 FAMILIES: list[Family] = [
     LLADA,
-    # Block diffusion: what a token sees is not what the forward of a whole sequence shows it
-    Family(name="SDAR", model_types=("sdar", "sdar_moe"), attention=Blocks(4, "block_size")),
-    Family(name="LLaDA2", model_types=("llada2_moe", "llada21_moe"), attention=Blocks(32)),
-    Family(name="Fast-dLLM v2", model_types=("Fast_dLLM_Qwen",), logit_shift=1, attention=Blocks(32, "bd_size")),
+    Family(
+        name="LLaDA2",
+        model_types=("llada2_moe", "llada21_moe"),
+        attention=Blocks(32),
+        unscored="there is no class for its layers, whose experts are chosen in groups",
+    ),
+    Family(
+        name="SDAR-MoE",
+        model_types=("sdar_moe",),
+        attention=Blocks(4, "block_size"),
+        unscored="there is no class for its layers, which have experts",
+    ),
     Family(
         name="Nemotron-Labs-Diffusion with dlm_paradigm='block_diff'",
         model_types=("nemotron_labs_diffusion",),
         only_if=lambda config: getattr(config, "dlm_paradigm", "") == "block_diff",
         attention=Blocks(32, "block_size", origin="response"),
+        unscored="clean text is seen token by token in it, and the first token of a block comes from an autoregressive "
+        "step, so that its bound is another one",
     ),
     Family(
-        name="DreamReasoner",
-        model_types=("Dream",),
-        only_if=lambda config: hasattr(config, "block_size"),
-        attention=Blocks(32, "block_size"),
+        name="BD3-LM",
+        model_types=("bd3lm",),
+        attention=Blocks(16, "block_size"),
+        unscored="there is no class for its layers",
     ),
-    Family(
-        name="Stable-DiffCoder",
-        model_types=("llama",),
-        only_if=lambda config: "StableDiffcoderForCausalLM" in (config.architectures or ()),
-        attention=Blocks(4),
-    ),
-    Family(name="BD3-LM", model_types=("bd3lm",), attention=Blocks(16, "block_size")),
     Family(name="DiffusionGemma", model_types=("diffusion_gemma", "diffusion_gemma_text"), noise="uniform"),
     Family(name="UDLM", model_types=("udlm",), noise="uniform"),
     Family(name="Duo", model_types=("DUO",), noise="uniform"),
@@ -48,7 +53,7 @@ FAMILIES: list[Family] = [
         model_types=("editflow", *(f"editflow-{base}" for base in ("dream", "llada", "modernbert", "qwen3"))),
         noise="edits",
     ),
-    *DECODERS,  # after DreamReasoner, which is a Dream by its `model_type`
+    *DECODERS,
     *ENCODERS,
 ]
 _DEFAULT = Family()
@@ -64,6 +69,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     return next((family for family in FAMILIES if family.matches(config)), _DEFAULT)
 
 
+def blocks_of(config: PreTrainedConfig, maskable: torch.Tensor, real: torch.Tensor) -> torch.Tensor | None:
+    """`(B, L)` int64, the number of each token's block under a block diffusion model; none under another."""
+    attention = family_of(config).attention
+    return attention.numbers(config, maskable, real) if isinstance(attention, Blocks) else None
+
+
 # Where a class of one's own is looked for
 _AUTO_CLASSES: tuple[Any, ...] = (
     transformers.AutoModelForCausalLM,
@@ -77,8 +88,10 @@ def class_to_load(config: PreTrainedConfig) -> Any:
     The class whose `from_pretrained` loads a checkpoint: the family's, the one of transformers that the configuration
     names, or the auto class that knows the configuration, best by the name that this has.
     """
-    names = config.architectures or ()
-    by_name = [getattr(transformers, name, None) for name in (family_of(config).auto_class, *names)]
+    names, own = config.architectures or (), family_of(config).auto_class
+    by_name = [getattr(transformers, name, None) for name in (own, *names)]
+    if own and by_name[0] is None:  # where the auto classes would find another
+        return getattr(import_module("trl_diffusion.models"), own)
     knowing = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
     by_type = sorted(knowing, key=lambda auto: auto._model_mapping[type(config)].__name__ not in names)
     return next(filter(None, (*by_name, *by_type)), transformers.AutoModelForCausalLM)
@@ -89,15 +102,13 @@ def refuse_unscored(config: PreTrainedConfig) -> None:
     Refuse a family whose ELBO is another one than that which is computed here.
 
     Raises:
-        ValueError: its attention is block-causal, or its noise is not absorbing.
+        ValueError: it is known only to be refused, or its noise is not absorbing.
     """
     family = family_of(config)
-    if isinstance(family.attention, Blocks):
+    if family.unscored:
         raise ValueError(
-            f"This is {family.name} (model_type={config.model_type!r}), a block diffusion model: blocks of "
-            f"{family.attention.size_in(config)} tokens are denoised one after the other, each given the clean ones "
-            "before it. Its ELBO is a sum over blocks, which is not implemented. Use a model that attends to the whole "
-            "sequence, LLaDA for instance."
+            f"This is {family.name} (model_type={config.model_type!r}), which cannot be scored here: "
+            f"{family.unscored}. Use a model of another family, LLaDA or SDAR for instance."
         )
     if family.noise != "absorbing":
         raise ValueError(

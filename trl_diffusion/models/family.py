@@ -17,21 +17,44 @@ from transformers import PreTrainedConfig
 @dataclass(frozen=True)
 class Blocks:
     """
-    Block-causal attention: a token sees its own block and the blocks before it, which are clean.
+    Block diffusion: a token sees its own block, noised, and the blocks before it, which are clean. The likelihood is
+
+        log p(y | x)  >=  sum over blocks b of  ELBO_b(y_b | x, y_<b clean)        (BD3-LM, arXiv 2503.09573)
+
+    and what predicts a token is as in decoding. Where logits are shifted, those of the first token of a block stand at
+    the last token of the block before, which is clean by then. (In training it may be noised, as in Fast-dLLM v2; what
+    is hidden there says nothing about text that is generated block by block, and would tie the draws of two blocks.)
 
     Args:
         size: tokens of a block.
         size_name: field of the configuration that has the size, where there is one; it precedes `size`.
-        origin: where blocks are counted from: the first token of the `"sequence"`, or of the `"response"`.
+        origin: where blocks are counted from: the first token of the `"sequence"`, or of the `"response"`. In the first
+            case the end of the prompt and the beginning of the response may share a block.
+        part: tokens of a block that are generated together, one part after the other; by default all.
     """
 
     size: int
     size_name: str = ""
     origin: Literal["sequence", "response"] = "sequence"
+    part: int | None = None
 
     def size_in(self, config: PreTrainedConfig) -> int:
         """Tokens of a block of a model with this configuration."""
         return getattr(config, self.size_name, self.size) if self.size_name else self.size
+
+    def numbers(self, config: PreTrainedConfig, maskable: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """
+        The number of each token's block, in order: `(B, L)` int64. What it says of padding means nothing.
+
+        Args:
+            config: of the model.
+            maskable: `(B, L)` bool, the tokens of the response.
+            real: `(B, L)` bool, the tokens that are not padding.
+        """
+        place = real.long().cumsum(-1) - 1
+        if self.origin == "response":
+            place = place - place.gather(-1, maskable.int().argmax(-1, keepdim=True))
+        return place.div(self.size_in(config), rounding_mode="floor")
 
 
 @dataclass(frozen=True)
@@ -67,15 +90,15 @@ class Family:
         name: for messages.
         model_types: values of `config.model_type` that checkpoints of the family have.
         only_if: what their configuration has besides; several families may share a `model_type`.
-        auto_class: name of the transformers auto class that loads it. By default the class that the configuration names
-            itself.
+        auto_class: name of the class that loads it: an auto class of transformers, or one of `trl_diffusion.models`
+            where those would find another. By default the class that the configuration names itself.
         mask_tokens: names that a mask token has in the vocabulary of a tokenizer that does not say which it is.
         mask_token_id: the mask token, where neither the configuration nor the tokenizer has one.
         logit_shift: the logits that predict token i stand at position i minus this: 0, or 1 as in a model that was made
             from an autoregressive one.
         first_token: with a shift, what predicts the first token: the `"first"` logits, which predict the second one
             too, or `"nothing"`.
-        attention: who attends to whom: `"full"`, or [`Blocks`]. Only full attention can be scored.
+        attention: who attends to whom: all to all (`"full"`), or [`Blocks`].
         noise: what takes the place of a hidden token: the mask token (`"absorbing"`), or any (`"uniform"`); or texts of
             other lengths do (`"edits"`). Only absorbing noise can be scored.
         head: how hidden states become logits.
@@ -86,6 +109,7 @@ class Family:
         lora_target_modules: `target_modules` of a LoRA adapter that names none; the output head must not match.
         unquantized: names of modules that stay as they are when the rest is quantised.
         sampling: arguments of `generate` that are not the sampler's own defaults, as pairs.
+        unscored: why the family is known only to be refused, after "cannot be scored here: "; empty if it is not.
     """
 
     name: str = "bidirectional transformers model"
@@ -106,6 +130,7 @@ class Family:
     lora_target_modules: str = "all-linear"
     unquantized: tuple[str, ...] = ()
     sampling: tuple[tuple[str, Any], ...] = ()
+    unscored: str = ""
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether a checkpoint with this configuration is one of the family."""

@@ -11,36 +11,22 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from ..estimators.elbo import token_logits
 from .families import family_of
 
 
-@token_logits.register(nn.Module)
-def _(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Full logits where the family has them; a module that is no model of transformers is asked as a function is."""
-    logits: torch.Tensor = token_logits.dispatch(object)(model, input_ids, attention_mask)
-    inner = _unwrapped(model)
-    return logits if inner is None else family_of(inner.config).in_place(logits)
-
-
-def _unwrapped(model: Any) -> PreTrainedModel | None:
-    """The model inside PEFT's, torch's and accelerate's wrappers, which leave logits where they are."""
-    while not isinstance(model, PreTrainedModel):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
-        model = getattr(model, "_orig_mod", None) if inner is None else inner
-        if model is None:
-            return None
-    return model
-
-
-def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """
     `(B, L, H)` hidden states of rows without padding, the last before the head.
+
+    Args:
+        model: with a backbone.
+        input_ids: `(B, L)` tokens.
+        inputs: what the backbone is given besides, such as the clean text before a block.
 
     Raises:
         ValueError: the backbone does not answer with them.
     """
-    outputs = model.base_model(input_ids=input_ids, use_cache=False)
+    outputs = model.base_model(input_ids=input_ids, use_cache=False, **inputs)
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
         raise ValueError(

@@ -3,9 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
-from .denoiser import close
 from .sampler import logits_at
-from .trying import evaluating
+from .trying import close, evaluating
 
 _ROW, _PADDING = 6, 3  # tokens
 

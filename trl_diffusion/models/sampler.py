@@ -3,7 +3,8 @@ The sampler of masked diffusion language models, behind `model.generate`.
 
 A response starts as `max_new_tokens` mask tokens after the prompt. Each step predicts every masked position of the
 current block at once and keeps some of the predictions; the others stay masked ("remasking", LLaDA section 2.4,
-arXiv 2502.09992). Blocks are filled left to right, semi-autoregressively.
+arXiv 2502.09992). Blocks are filled left to right, semi-autoregressively. Block diffusion models do so by nature, and
+have a sampler of their own (`block_sampler.py`).
 
 The sampler asks a model for logits, its family for where they stand, and a tokenizer for nothing. Of the logits of a
 block there is one copy; what is computed of them is computed of some positions at a time.
@@ -18,13 +19,15 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..estimators.hashing import hash_rows
+from .block_sampler import generate_blocks
 from .families import family_of
+from .family import Blocks
 from .positions import counts_from_the_left
-from .sampler_arguments import Tokens, read_arguments
+from .predictions import is_end, predict, reveal_counts
+from .sampler_arguments import SamplerArguments, Tokens, read_arguments
 from .trying import evaluating
 
 LOGITS_TILE = 2**24  # logits that are looked at together
-_LAST = 1e4  # nats below every log-probability of a token that is predicted
 
 if TYPE_CHECKING:  # what the mixin is put in front of
     _Module = torch.nn.Module
@@ -85,7 +88,8 @@ def generate(
             f"The prompt is empty, and {family.name} has no logits for the first token: give it one token."
         )
     with evaluating(model):
-        sequences = _denoise(model, prompts, attention_mask, arguments, tokens)
+        run = _one_by_one if isinstance(family.attention, Blocks) else _denoise
+        sequences = run(model, prompts, attention_mask, arguments, tokens)
     return GenerateDecoderOnlyOutput(sequences=sequences) if arguments.return_dict_in_generate else sequences
 
 
@@ -123,6 +127,18 @@ def _check_prompts(prompts: torch.Tensor, attention_mask: torch.Tensor, tokens: 
         raise ValueError(f"A prompt contains the mask token ({tokens.mask}), which would be taken for a gap to fill.")
 
 
+def _one_by_one(
+    model: Any, prompts: torch.Tensor, attention_mask: torch.Tensor, arguments: SamplerArguments, tokens: Tokens
+) -> torch.Tensor:
+    """Rows of a block diffusion model, whose blocks lie elsewhere in each."""
+    generators = _row_generators(prompts, attention_mask, arguments)
+    responses = [
+        generate_blocks(model, prompt[real], arguments, tokens, generator)
+        for prompt, real, generator in zip(prompts, attention_mask.bool(), generators, strict=True)
+    ]
+    return _pad_after_end(torch.cat([prompts, torch.stack(responses)], dim=1), prompts.shape[1], tokens)
+
+
 def _denoise(model, prompts, attention_mask, arguments, tokens):
     prompt_length, size = prompts.shape[1], arguments.block_size
     canvas = prompts.new_full((prompts.shape[0], arguments.max_new_tokens), tokens.mask)
@@ -130,11 +146,11 @@ def _denoise(model, prompts, attention_mask, arguments, tokens):
     attention_mask = torch.cat([attention_mask, torch.ones_like(canvas)], dim=1)
     generators = _row_generators(prompts, attention_mask[:, :prompt_length], arguments)
     num_blocks = arguments.max_new_tokens // size
-    reveal_counts = _reveal_counts(size, arguments.num_steps // num_blocks)
+    counts = reveal_counts(size, arguments.num_steps // num_blocks)
     running = torch.arange(prompts.shape[0], device=prompts.device)
     for block in range(num_blocks):
         start = prompt_length + block * size
-        for count in reveal_counts:
+        for count in counts:
             # With a threshold a row may be ahead of others; all that run have a gap otherwise
             active = running[(sequences[running, start : start + size] == tokens.mask).any(1)]
             if len(active) == 0:
@@ -147,12 +163,6 @@ def _denoise(model, prompts, attention_mask, arguments, tokens):
             del logits  # not there during the next forward
             running = running[~_finished(sequences[running], prompt_length, tokens)]
     return _pad_after_end(sequences, prompt_length, tokens)
-
-
-def _reveal_counts(block_size: int, steps: int) -> list[int]:
-    """Tokens to reveal at each step of a block: as even as possible, the larger counts first."""
-    base, extra = divmod(block_size, steps)
-    return [base + (step < extra) for step in range(steps)]
 
 
 def _block_logits(model, rows, attention_mask, prompt_length, block, arguments, tokens):
@@ -194,7 +204,7 @@ def _reveal(rows, logits, start, count, generators, arguments, tokens):
     for row, generator in enumerate(generators):
         places = masked[row].nonzero().squeeze(1)
         for some in places.split(max(1, LOGITS_TILE // logits.shape[-1])):
-            predicted[row, some], confidence[row, some] = _predict(logits[row], some, generator, arguments, tokens)
+            predicted[row, some], confidence[row, some] = predict(logits[row], some, generator, arguments, tokens)
         if arguments.remasking == "random":
             confidence[row, places] = torch.rand(len(places), generator=generator, device=rows.device)
     chosen = torch.zeros_like(masked).scatter(1, confidence.topk(count, dim=1).indices, True)
@@ -205,48 +215,16 @@ def _reveal(rows, logits, start, count, generators, arguments, tokens):
     return rows
 
 
-def _predict(logits, places, generator, arguments, tokens):
-    """A token for each of some places of a row, and how sure it is at temperature 1: by default its log-probability."""
-    logits = logits[places].float()
-    if arguments.logits_eos_inf and tokens.ends:
-        logits[:, tokens.ends[0]] = -torch.inf
-    logits[:, tokens.mask] = -torch.inf  # a prediction that is the mask token would never be revealed
-    logits[:, tokens.size :] = -torch.inf  # rows of the output head that are no tokens
-    choices = logits
-    if arguments.temperature > 0:
-        choices = _gumbel(logits.shape, generator, logits.device).mul_(arguments.temperature).add_(logits)
-    predicted = choices.argmax(-1)
-    del choices
-    confidence = _confidence(logits, predicted, arguments.remasking)
-    if arguments.confidence_eos_eot_inf:  # after all others, and in their own order
-        confidence = torch.where(_is_end(predicted, tokens), confidence - _LAST, confidence)
-    return predicted, confidence
-
-
-def _confidence(logits, predicted, remasking):
-    if remasking == "entropy":
-        log_probs = logits.log_softmax(-1)
-        return (log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
-    if remasking == "topk_margin":
-        first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
-        return first - second
-    return logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
 def _finished(rows, prompt_length, tokens):
     """Whether an end of text stands in the response with nothing masked before it: no later step can change it."""
     response = rows[:, prompt_length:]
-    before_mask = ((response == tokens.mask).long().cumsum(1) == 0) & _is_end(response, tokens)
+    before_mask = ((response == tokens.mask).long().cumsum(1) == 0) & is_end(response, tokens)
     return before_mask.any(1) | ~(response == tokens.mask).any(1)
-
-
-def _is_end(response, tokens):
-    return torch.isin(response, torch.tensor(tokens.ends, device=response.device, dtype=response.dtype))
 
 
 def _pad_after_end(sequences, prompt_length, tokens):
     response = sequences[:, prompt_length:]
-    ended = _is_end(response, tokens).long().cumsum(1) - _is_end(response, tokens).long() > 0
+    ended = is_end(response, tokens).long().cumsum(1) - is_end(response, tokens).long() > 0
     sequences[:, prompt_length:] = response.masked_fill(ended, tokens.pad)
     return sequences
 
@@ -264,9 +242,3 @@ def _row_generators(prompts, attention_mask, arguments):
         generator = torch.Generator(device=prompts.device)
         generators.append(generator.manual_seed(int(row_seed) % 2**63))
     return generators
-
-
-def _gumbel(shape: torch.Size, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """In double precision: rounded Gumbel noise cuts the tail, as if at a lower temperature (arXiv 2409.02908)."""
-    uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
-    return uniform.clamp_(min=torch.finfo(torch.float64).tiny).log_().neg_().log_().neg_()

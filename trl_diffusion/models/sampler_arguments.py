@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from .families import family_of
+from .family import Blocks, Family
 
 REMASKING = ("low_confidence", "topk_margin", "entropy", "random")
 _DEFAULT_MAX_NEW_TOKENS = 128
@@ -30,13 +31,15 @@ class SamplerArguments:
     Args:
         max_new_tokens: length of the response canvas, in tokens.
         steps: denoising steps in all. Defaults to `max_new_tokens`, one token a step.
-        block_length: length of the blocks that are filled left to right. Defaults to `max_new_tokens`, one block.
+        block_length: length of the blocks that are filled left to right. Defaults to `max_new_tokens`, one block. Block
+            diffusion models have blocks of their own.
         remasking: which predictions a step keeps: `"low_confidence"` those with the highest probability,
             `"topk_margin"` with the largest distance from the second most probable token, `"entropy"` with the least
             entropy (both as in Dream, arXiv 2508.15487), `"random"` any.
         confidence_threshold: keep every prediction of the block with at least this probability, and always the most
             probable, instead of a fixed number in each step (Fast-dLLM, arXiv 2505.22618): as many steps as it takes.
-            None is off.
+            None is off. A block diffusion model keeps them besides those that `steps` asks for, and has a threshold of
+            its own, which 1 turns off.
         logits_eos_inf: never predict the end of text, the first of `eos_token_id`, as LLaDA does for code.
         confidence_eos_eot_inf: keep predictions of a token of `eos_token_id` only where no other is left in the block,
             as LLaDA does for long answers. Give the end of turn too: `eos_token_id=[126081, 126348]` for LLaDA.
@@ -107,15 +110,8 @@ class SamplerArguments:
         if self.confidence_eos_eot_inf and self.remasking == "random":
             raise ValueError("`confidence_eos_eot_inf=True` orders by confidence, and `remasking='random'` does not.")
         threshold = self.confidence_threshold
-        if threshold is None:
-            return
-        if not isinstance(threshold, int | float) or not 0 < threshold <= 1:
+        if threshold is not None and (not isinstance(threshold, int | float) or not 0 < threshold <= 1):
             raise ValueError(f"`confidence_threshold` must be None or above 0 and at most 1, got {threshold!r}.")
-        if self.steps is not None or self.remasking != "low_confidence":
-            raise ValueError(
-                f"`confidence_threshold={threshold}` decides by the probability how many tokens a step reveals: leave "
-                f"`steps` out and `remasking` at 'low_confidence', got steps={self.steps} and {self.remasking!r}."
-            )
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,37 @@ def read_arguments(
     known = {field.name for field in fields(SamplerArguments)}
     _refuse_unknown(given, known)
     arguments = SamplerArguments(**{name: given[name] for name in known if name in given})
+    _check_family(arguments, family, config)
     return arguments, _tokens(given, config, family.mask_token_id)
+
+
+def _check_family(arguments: SamplerArguments, family: Family, config: PreTrainedConfig) -> None:
+    """Refuse what the family's sampler does not have."""
+    threshold, by_confidence = arguments.confidence_threshold, arguments.remasking == "low_confidence"
+    if not isinstance(family.attention, Blocks):
+        if threshold is not None and (arguments.steps is not None or not by_confidence):
+            raise ValueError(
+                f"`confidence_threshold={threshold}` decides by the probability how many tokens a step reveals: leave "
+                f"`steps` out and `remasking` at 'low_confidence', got steps={arguments.steps} and "
+                f"{arguments.remasking!r}."
+            )
+        return
+    size = family.attention.size_in(config)
+    if arguments.cfg_scale > 0:
+        raise ValueError(
+            f"`cfg_scale={arguments.cfg_scale}` is not there for block diffusion models such as {family.name}. Leave "
+            "it out."
+        )
+    if arguments.block_length not in (None, size):
+        raise ValueError(
+            f"`block_length={arguments.block_length}` is not that of the model: {family.name} was made for blocks of "
+            f"{size} tokens. Leave it out."
+        )
+    if not by_confidence and threshold not in (None, 1):
+        raise ValueError(
+            f"`confidence_threshold={threshold}` is for `remasking='low_confidence'`, and "
+            f"`remasking={arguments.remasking!r}` does not look at the probability. Set `confidence_threshold=1`."
+        )
 
 
 def _tokens(given: dict[str, Any], config: PreTrainedConfig, mask_of_family: int | None) -> Tokens:

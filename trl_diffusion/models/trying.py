@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from .families import family_of
+from .family import Blocks
+
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
@@ -27,7 +30,17 @@ def is_elsewhere(model: PreTrainedModel) -> bool:
 
 
 def trial_tokens(model: PreTrainedModel, mask_token_id: int) -> torch.Tensor:
-    """`(1, 8)` different tokens, none of them the mask."""
-    device = model.get_input_embeddings().weight.device
-    tokens = (mask_token_id + 1 + torch.arange(8)).remainder(model.config.vocab_size).unsqueeze(0)
+    """
+    `(1, 8)` tokens, or as many as two blocks have of a block diffusion model: none of them the mask, and different as
+    far as the vocabulary goes.
+    """
+    attention = family_of(model.config).attention
+    number = 2 * attention.size_in(model.config) if isinstance(attention, Blocks) else 8
+    device, size = model.get_input_embeddings().weight.device, model.config.vocab_size
+    tokens = (mask_token_id + 1 + torch.arange(number).remainder(size - 1)).remainder(size).unsqueeze(0)
     return tokens if device.type == "meta" else tokens.to(device)
+
+
+def close(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits are the same up to the rounding of another order of computation."""
+    return torch.allclose(logits.to(expected.device).float(), expected.float(), rtol=1e-3, atol=1e-3, equal_nan=True)

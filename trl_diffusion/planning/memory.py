@@ -14,6 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.families import family_of
+from ..models.family import Blocks
 from ..scoring.gradients import GRADIENT_MODES, choose_gradient_mode, trainable_parameters
 from ..scoring.responses import TOKENS_PER_FORWARD, draws_per_chunk
 from .live_bytes import nbytes
@@ -202,7 +204,8 @@ def length_of_largest_chunk(model: Any, longest: int, num_mc_samples: int, draws
     """Of responses of up to `longest` tokens, the length whose chunk holds most: of a shorter one more draws fit."""
     draws = draws_per_chunk(longest, draws_per_forward)
     shorter = TOKENS_PER_FORWARD // (draws + 1)
-    if draws_per_forward is not None or draws >= num_mc_samples or not shorter:
+    in_blocks = isinstance(family_of(model.config).attention, Blocks)  # only a part of a response is run
+    if draws_per_forward is not None or draws >= num_mc_samples or not shorter or in_blocks:
         return longest
     power = 2 if model.config._attn_implementation == "eager" else 1  # scores of all pairs of tokens are kept
     return max((longest, shorter), key=lambda length: draws_per_chunk(length, None) * length**power)

@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..estimators.draws import MaskDraws
+from ..models.families import blocks_of, family_of
+from ..models.family import Blocks
 from ..scoring.gradients import trainable_parameters, waiting_bytes
 from ..scoring.head import ELBOHead
 from ..scoring.responses import Response, cut, draws_per_chunk
@@ -90,11 +92,13 @@ class Counted:
 
 def rehearse(model: torch.nn.Module, step: Step) -> Counted:
     """Count a step of any number of layers, responses and draws by short ones."""
-    size = draws_per_chunk(step.length, step.draws_per_forward)
+    size = draws_per_chunk(_tokens_run(model, step), step.draws_per_forward)
     is_immediate = step.elbo_gradient == "immediate"
     # Chunks of draws: in the second, a sum of gradients is there; autograd, whose sums change hands, needs a third
     draws = min(step.num_mc_samples, (2 if is_immediate else 3) * size)
-    responses = 1 if is_immediate else min(step.num_responses, -(-3 * size // draws))
+    # Under block diffusion each response keeps the states of its clean text until its draws are run again
+    enough = step.num_responses if isinstance(family_of(model.config).attention, Blocks) else -(-3 * size // draws)
+    responses = 1 if is_immediate else min(step.num_responses, enough)
     short = replace(step, num_responses=responses, num_mc_samples=draws)
     blocks = equal_blocks(model)
     blocks = blocks if blocks and len(blocks) > max(_SHORT) else None
@@ -116,11 +120,7 @@ def run(
     model: torch.nn.Module, step: Step, blocks: torch.nn.ModuleList | None = None, number: int | None = None
 ) -> Counted:
     """Run a step on fake tensors, with the first `number` of the model's `blocks` only, and count."""
-    shape = (step.num_responses, step.length)
-    maskable = (torch.arange(step.length) >= step.length - step.response_length).expand(shape)
-    masked = maskable.expand(step.num_mc_samples, *shape)
-    ids, draws = torch.zeros(shape, dtype=torch.long), MaskDraws(masked, masked.float())
-    responses = cut(ids, torch.ones_like(maskable), draws, step.draws_per_forward)  # where values are known
+    responses, maskable, draws = _material(model, step)  # where values are known
     head = ELBOHead(_nothing, 0, step.draws_per_forward, step.elbo_gradient)
     mode, memory = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     copied = fake_copy(model, mode, blocks, number)
@@ -140,6 +140,23 @@ def run(
         with memory:
             loss.backward()
     return Counted(kept, of_a_chunk, memory.peaks)
+
+
+def _material(model: Any, step: Step) -> tuple[list[Response], torch.Tensor, MaskDraws]:
+    """Responses of which every token is hidden, where they may be masked, and their draws."""
+    shape = (step.num_responses, step.length)
+    maskable = (torch.arange(step.length) >= step.length - step.response_length).expand(shape)
+    real, masked = torch.ones_like(maskable), maskable.expand(step.num_mc_samples, *shape)
+    ids, draws = torch.zeros(shape, dtype=torch.long), MaskDraws(masked, masked.float())
+    blocks = blocks_of(model.config, maskable, real)
+    return cut(ids, real, draws, step.draws_per_forward, blocks), maskable, draws
+
+
+def _tokens_run(model: Any, step: Step) -> int:
+    """Of a response in one draw: all, or those of its blocks."""
+    responses, *_ = _material(model, replace(step, num_responses=1, num_mc_samples=1))
+    stretch = responses[0].stretch
+    return step.length if stretch is None else stretch.last - stretch.first
 
 
 def _first_chunk(

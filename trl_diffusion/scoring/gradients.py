@@ -15,6 +15,7 @@ All three give the same gradient.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +25,21 @@ from .responses import Chunk
 
 GRADIENT_MODES = ("auto", "immediate", "checkpoint", "graph")
 
-Score = Callable[[Chunk], torch.Tensor]
 Gradient = tuple[torch.Tensor | None, ...]  # by weight; none where the score does not depend on it
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    How the draws of one response are scored.
+
+    Args:
+        of_chunk: a chunk of draws, and what all draws share, to `(k, T)` log-probabilities.
+        shared: makes what they share, if they do.
+    """
+
+    of_chunk: Callable[..., torch.Tensor]
+    shared: Callable[[], tuple[torch.Tensor, ...]] | None = None
 
 
 SHARDED = "the weights are sharded (FSDP, ZeRO-3) and gathered by hooks that an inner backward does not run"
@@ -98,10 +112,19 @@ def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def score_with_graph(score: Score, chunks: Sequence[Chunk], mode: str) -> torch.Tensor:
-    """`(K, T)` log-probabilities of one response from `score` of each chunk of its draws, attached to the graph."""
-    if mode == "checkpoint" and torch.is_grad_enabled():
-        return torch.cat([checkpoint(score, chunk, use_reentrant=False) for chunk in chunks])
-    return torch.cat([score(chunk) for chunk in chunks])
+    """`(K, T)` log-probabilities of one response from the scores of chunks of its draws, attached to the graph."""
+    run = _run_again if mode == "checkpoint" and torch.is_grad_enabled() else _run
+    shared = () if score.shared is None else run(score.shared)
+    return torch.cat([run(score.of_chunk, chunk, *shared) for chunk in chunks])
+
+
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _run_again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """And once more in the backward."""
+    return checkpoint(function, *arguments, use_reentrant=False)
 
 
 def score_with_gradient(
@@ -110,22 +133,45 @@ def score_with_gradient(
     """
     The same, detached, and the gradient of the response's ELBO.
 
+    What draws share is run once, and is cut off: the backward of a chunk ends there, and the sum of what arrives goes
+    on from there, once.
+
     Args:
-        score: a chunk of draws to `(k, T)` log-probabilities.
+        score: of the response.
         chunks: of draws.
         parameters: what to differentiate by.
     """
-    total: list[torch.Tensor | None] = [None] * len(parameters)
+    with torch.enable_grad():
+        shared = () if score.shared is None else score.shared()
+    ends = [part.detach().requires_grad_(part.requires_grad) for part in shared]
+    wanted = parameters + [end for end in ends if end.requires_grad]
+    total: list[torch.Tensor | None] = [None] * len(wanted)
     log_probs = []
     for chunk in chunks:
         with torch.enable_grad():
-            scored = score(chunk)
+            scored = score.of_chunk(chunk, *ends)
             elbo = (scored * chunk.weight).sum()
         # Not kept in a variable: it would be there during the next chunk
-        for i, gradient in enumerate(torch.autograd.grad(elbo, parameters, allow_unused=True)):
+        for i, gradient in enumerate(torch.autograd.grad(elbo, wanted, allow_unused=True)):
             total[i] = _add(total[i], gradient)
         log_probs.append(scored.detach())
+    total, arrived = total[: len(parameters)], total[len(parameters) :]
+    for i, more in enumerate(_going_on([part for part in shared if part.requires_grad], arrived, parameters)):
+        total[i] = _add(total[i], more)
     return torch.cat(log_probs), tuple(total)
+
+
+def _going_on(
+    shared: Sequence[torch.Tensor], arrived: Sequence[torch.Tensor | None], parameters: list[torch.nn.Parameter]
+) -> Gradient:
+    """The gradient by `parameters`, of what arrived at tensors that were computed from them."""
+    known = [
+        (part, gradient.to(part.dtype)) for part, gradient in zip(shared, arrived, strict=True) if gradient is not None
+    ]
+    if not known:
+        return ()
+    parts, gradients = zip(*known, strict=True)
+    return torch.autograd.grad(parts, parameters, gradients, allow_unused=True)
 
 
 def _add(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:

@@ -23,10 +23,12 @@ from transformers import PreTrainedModel
 
 from ..estimators.draws import MaskDraws
 from ..estimators.elbo import ELBO, noise_inputs, weigh
-from ..models.families import family_of
+from ..models.families import blocks_of, family_of
 from ..models.logits import hidden_states
+from .blocks import block_score
 from .door import FusedCausalLMOutput
 from .gradients import (
+    Score,
     carry_gradients,
     choose_gradient_mode,
     score_with_gradient,
@@ -108,15 +110,13 @@ class ELBOHead:
         if bool(maskable[:, 0].any()):
             raise ValueError("A response starts at position 0: give every example a prompt of at least one token.")
         real = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
-        draws = self.sampler(maskable, input_ids, real, draw_nonce)
-        elbo = self._score(model, input_ids, real, maskable, draws)
+        blocks = blocks_of(model.config, maskable, real)
+        draws = self.sampler(maskable, input_ids, real, draw_nonce, blocks=blocks)
+        elbo = self.score(model, cut(input_ids, real, draws, self.draws_per_forward, blocks), maskable, draws)
         output = _to_trl(elbo, maskable, draws.masked.sum((0, 2)) / (maskable.sum(1) * draws.num_mc_samples))
         if self.observer is not None:
             self.observer(output)
         return output
-
-    def _score(self, model, input_ids, real, maskable, draws) -> ELBO:
-        return self.score(model, cut(input_ids, real, draws, self.draws_per_forward), maskable, draws)
 
     def score(
         self, model: PreTrainedModel, responses: Sequence[Response], maskable: torch.Tensor, draws: MaskDraws
@@ -134,7 +134,7 @@ class ELBOHead:
         backbone = hidden_states
         if mode == "checkpoint" and is_partitioned(model.get_output_embeddings()):
             backbone, mode = recomputed_hidden_states, "graph"
-        scores = [partial(_score_draws, model, backbone, response.ids, self.mask_token_id) for response in responses]
+        scores = [self._of(model, backbone, response) for response in responses]
         chunks = [response.chunks for response in responses]
         if mode != "immediate":
             scored = [score_with_graph(*each, mode) for each in zip(scores, chunks, strict=True)]
@@ -144,6 +144,11 @@ class ELBOHead:
         elbo = weigh(place([log_probs for log_probs, _ in known], responses, length), draws)
         gradients = [gradient for _, gradient in known]
         return replace(elbo, terms=carry_gradients(elbo.terms, maskable, gradients, parameters))
+
+    def _of(self, model, backbone, response) -> Score:
+        if response.stretch is not None:
+            return block_score(model, backbone, response.ids, response.stretch, self.mask_token_id)
+        return Score(partial(_score_draws, model, backbone, response.ids, self.mask_token_id))
 
     def _gradient_mode(self, model, num_responses) -> str:
         """How to differentiate: settled at the first forward with a gradient, when the weights are in place."""

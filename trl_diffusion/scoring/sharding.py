@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..models.logits import hidden_states
 
-Backbone = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
+Backbone = Callable[..., torch.Tensor]
 
 
 def fsdp_is_asked_for(args: Any) -> bool:
@@ -24,7 +24,12 @@ def is_partitioned(module: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
 
 
-def recomputed_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has spread the model's weights."""
+    return any(hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def recomputed_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """
     The hidden states `(k, T, H)`, whose forward is run again in the backward; what follows is not.
 
@@ -33,8 +38,8 @@ def recomputed_hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) ->
     has lost that. What is kept for each draw is one hidden state for each masked token.
     """
     if not torch.is_grad_enabled():
-        return hidden_states(model, input_ids)
-    return checkpoint(hidden_states, model, input_ids, use_reentrant=False)
+        return hidden_states(model, input_ids, **inputs)
+    return checkpoint(hidden_states, model, input_ids, use_reentrant=False, **inputs)
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import transformers
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..models.end_of_text import added_tokens
 from ..models.families import family_of
+from ..models.family import Blocks
 
 
 def write_model_card(
@@ -46,6 +48,8 @@ def write_model_card(
         auto_class=_class_name(model),
         conversational=trainer._tokenizer.chat_template is not None,
         beginning=_beginning(trainer._tokenizer),
+        auto_class_is_ours=not hasattr(transformers, _class_name(model)),
+        in_blocks=isinstance(family_of(model.config).attention, Blocks),
         estimator=trainer.args.describe_estimator(),
         trainer_name=trainer._name,
         paper_title=trainer._paper["title"],

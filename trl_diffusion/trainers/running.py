@@ -24,11 +24,11 @@ class RunningMixin(_Trainer):
     _sampler: Any
     _diagnostics: Any
 
-    def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int) -> MaskDraws:
+    def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int, blocks: Any = None) -> MaskDraws:
         """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
         callback = self._callback(RunningKappaCallback)
         kappa = callback.kappa.value if callback and nonce != FIXED_NONCE else None
-        return self._sampler(maskable, rows, attention_mask, nonce, kappa)
+        return self._sampler(maskable, rows, attention_mask, nonce, kappa, blocks)
 
     def _learn_kappa(self, outputs: list[ELBOHeadOutput], pairs: bool) -> None:
         callback = self._callback(RunningKappaCallback)

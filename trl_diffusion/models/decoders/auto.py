@@ -2,7 +2,18 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from .configuration import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config, DreamConfig, ILLaDAConfig, LLaDAMoEConfig
+from .block_diffusion import DreamReasonerForCausalLM, Fast_dLLM_QwenForCausalLM, SDARForCausalLM
+from .configuration import (
+    A2DLlamaConfig,
+    A2DQwen2Config,
+    A2DQwen3Config,
+    DreamConfig,
+    DreamReasonerConfig,
+    FastDLLMQwenConfig,
+    ILLaDAConfig,
+    LLaDAMoEConfig,
+    SDARConfig,
+)
 from .experts import LLaDAMoEModelLM
 from .modeling import (
     A2DLlamaLMHeadModel,
@@ -22,13 +33,16 @@ CLASSES = {
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     LLaDAMoEConfig: LLaDAMoEModelLM,
     NemotronLabsDiffusionConfig: NemotronLabsDiffusionModel,
+    SDARConfig: SDARForCausalLM,
+    DreamReasonerConfig: DreamReasonerForCausalLM,
+    FastDLLMQwenConfig: Fast_dLLM_QwenForCausalLM,
 }
 
 
 def register() -> None:
     """Let the auto classes know them. Their published `AutoModel` is the model with its head, and so it is here."""
     for config, model in CLASSES.items():
-        if config is not LLaDAMoEConfig:  # found by that of dense LLaDA, whose `model_type` it has
+        if config not in (LLaDAMoEConfig, DreamReasonerConfig):  # found by those of dense LLaDA and of Dream
             AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
             auto.register(config, model, exist_ok=True)

@@ -100,6 +100,79 @@ class DreamConfig(BidirectionalConfig, Qwen2Config):
     pad_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From the entries of a config.json, those of DreamReasoner too, which has the same `model_type`."""
+        if cls is DreamConfig and "block_size" in config_dict:
+            return DreamReasonerConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if hasattr(self, "block_size"):
+            raise ValueError(
+                f"`block_size={self.block_size}` is an entry of DreamReasoner, which has the same `model_type` as "
+                "Dream. Load it with `AutoConfig.from_pretrained`, which finds its class."
+            )
+
+
+@strict
+class DreamReasonerConfig(BidirectionalConfig, Qwen3Config):
+    """DreamReasoner 8B (arXiv 2606.19257): Qwen3, converted to block diffusion, with the `model_type` of Dream."""
+
+    model_type = "Dream"
+    vocab_size: int = 151936
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_key_value_heads: int | None = 8
+    is_causal: bool = False
+    block_size: int = 32
+    mask_token_id: int | None = 151669
+    pad_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151643
+
+
+@strict
+class FastDLLMQwenConfig(BidirectionalConfig, Qwen2Config):
+    """Fast-dLLM v2 (arXiv 2509.26328): Qwen2.5, converted to block diffusion, whose logits are shifted."""
+
+    model_type = "Fast_dLLM_Qwen"
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    is_causal: bool = False
+    bd_size: int = 32
+    mask_token_id: int | None = 151665
+    bos_token_id: int | None = 151643
+    pad_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151645
+
+
+@strict
+class SDARConfig(BidirectionalConfig, Qwen3Config):
+    """
+    SDAR (arXiv 2510.06303): Qwen3, converted to block diffusion. The defaults are those of SDAR-1.7B; its published
+    configuration may lack the size of a block and the mask token.
+    """
+
+    model_type = "sdar"
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 32768
+    is_causal: bool = False
+    block_size: int = 4
+    mask_token_id: int | None = 151669
+    bos_token_id: int | None = 151643
+    pad_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151643
+
 
 @strict
 class A2DQwen2Config(BidirectionalConfig, Qwen2Config):

@@ -1,11 +1,21 @@
 """What bidirectional decoders are, beyond their forward."""
 
-from ..family import Family, Head
+from ..family import Blocks, Family, Head
 
 _QWEN_TURN = ("<|im_end|>",)
 
 DECODERS = [
     Family(name="iLLaDA", model_types=("illada",), auto_class="AutoModelForCausalLM", unquantized=("lm_head",)),
+    Family(
+        name="DreamReasoner",
+        model_types=("Dream",),
+        only_if=lambda config: hasattr(config, "block_size"),
+        auto_class="AutoModelForCausalLM",
+        mask_token_id=151669,
+        attention=Blocks(32, "block_size"),
+        end_of_turn=_QWEN_TURN,
+        unquantized=("lm_head",),
+    ),
     # Its logits predict the next token, as in the Qwen2 that it was made from
     Family(
         name="Dream",
@@ -46,6 +56,37 @@ DECODERS = [
         auto_class="AutoModelForCausalLM",
         end_of_turn=("<|im_end|>",),
         unquantized=("diffusion_head",),
+    ),
+    Family(
+        name="SDAR",
+        model_types=("sdar",),
+        auto_class="AutoModelForCausalLM",
+        mask_token_id=151669,
+        attention=Blocks(4, "block_size"),
+        sampling=(("confidence_threshold", 0.85),),
+        end_of_turn=_QWEN_TURN,
+        unquantized=("lm_head",),
+    ),
+    Family(
+        name="Fast-dLLM v2",
+        model_types=("Fast_dLLM_Qwen",),
+        auto_class="AutoModelForCausalLM",
+        mask_tokens=("|<MASK>|",),
+        mask_token_id=151665,
+        logit_shift=1,
+        attention=Blocks(32, "bd_size", part=8),
+        end_of_turn=_QWEN_TURN,
+        unquantized=("lm_head",),
+        sampling=(("confidence_threshold", 0.9),),
+    ),
+    Family(
+        name="Stable-DiffCoder",
+        model_types=("llama",),
+        only_if=lambda config: "StableDiffcoderForCausalLM" in (config.architectures or ()),
+        auto_class="StableDiffcoderForCausalLM",
+        mask_token_id=5,
+        attention=Blocks(4),
+        unquantized=("lm_head",),
     ),
     # Converted by a user: what is to be known of it is its soft cap
     Family(
