@@ -41,7 +41,7 @@ def test_a_model_is_added(known, capsys, tmp_path):
         "head right",
     ]
     assert family_of(names["config"]).logit_shift == 1
-    assert names["trainer"].state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2
+    assert names["trainer"].state.log_history[-1]["train_loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2
     config = names["MineConfig"](hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     config.vocab_size = 9
     names["MineForMaskedDiffusion"](config).save_pretrained(tmp_path / "mine")
