@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl_diffusion import DiffusionVRPOConfig
 from trl_diffusion.models import families
 from trl_diffusion.models.family import Family
+from trl_diffusion.scoring.key import scoring_key
 from trl_diffusion.trainers import reference
 from trl_diffusion.trainers import stored as storing
 
@@ -188,9 +189,14 @@ SETTINGS = [
     pytest.param({"rms_norm_eps": 0.1}, {}, id="epsilon of the norms"),
     pytest.param({"rope_theta": 10.0}, {}, id="rotary frequencies"),
     pytest.param({"n_heads": 8}, {}, id="heads"),
-    pytest.param({"mask_token_id": 4}, {}, id="mask token"),
     pytest.param({}, {"bf16": True}, id="precision"),
 ]
+
+
+def test_the_mask_token_counts():
+    """A tokenizer has one, and any other is refused before a score is stored."""
+    model = make_model()
+    assert scoring_key(model, 2, "no") != scoring_key(model, 4, "no")
 
 
 @pytest.mark.parametrize("config, options", SETTINGS)

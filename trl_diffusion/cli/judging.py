@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import AutoTokenizer
+
 from ..diagnosis.diagnose import diagnose_variance
 from ..evaluation.likelihood import METHODS, ORDERS, likelihood
 from ..scoring.door import DatasetMixtureConfig, ScriptArguments, get_quantization_config
+from ..trainers.loading import find_model, load_model, loading_options
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from .arguments import (
     DiffusionModelConfig,
@@ -67,11 +71,19 @@ def score(script_args: Any, model_args: Any, arguments: ScoreArguments) -> None:
 
 def diagnose(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, diagnosis: Any) -> None:
     """Print how noisy the score is, and which estimator to take."""
+    training_args = with_model_init_kwargs(training_args, model_args)
+    model: Any = model_args.model_name_or_path
+    adapter, quantization_config, tokenizer = diagnosis.adapter_name_or_path, get_quantization_config(model_args), None
+    if adapter and model:  # on the base model that was asked for, whatever the adapter says of its own
+        options = loading_options(training_args) | {"quantization_config": quantization_config}
+        tokenizer, quantization_config = AutoTokenizer.from_pretrained(model), None
+        model = PeftModel.from_pretrained(load_model(find_model(model, options), options), adapter)
     report = diagnose_variance(
-        diagnosis.adapter_name_or_path or model_args.model_name_or_path,
+        model or adapter,
         dataset=load_datasets(script_args, training_args, dataset_args)["train_dataset"],
-        args=with_model_init_kwargs(training_args, model_args),
-        quantization_config=get_quantization_config(model_args),
+        args=training_args,
+        processing_class=tokenizer,
+        quantization_config=quantization_config,
         num_pairs=diagnosis.num_pairs,
         num_draws=diagnosis.num_draws,
         target_standard_error=diagnosis.target_standard_error,
