@@ -7,6 +7,7 @@ of noised copies is run with them. K copies of N tokens after a text of C cost C
 [clean ; noised] costs K (C + N), and the mask is N x (C + N). Positions of the copies are those of the text.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,9 +163,11 @@ def _seen(numbers: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
 
 def _run(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, first: int, layers: _Layers) -> torch.Tensor:
     positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
-    inputs = {"attention_mask": _as_asked(mask, model), "position_ids": positions}
+    # Its name was `past_key_values` before transformers 5.24
+    cache = "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+    inputs = {"attention_mask": _as_asked(mask, model), "position_ids": positions, cache: layers}
     with _layers_take_a_history(model):
-        return hidden_states(model, ids, **inputs, past_key_values=layers)
+        return hidden_states(model, ids, **inputs)
 
 
 def _as_asked(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
