@@ -166,6 +166,4 @@ def train_policy(root: Path, name: str, steps: int, learning_rate: float) -> Non
         peft_config=LoraConfig(r=16, lora_alpha=32),
     )
     trainer.train()
-    merged = trainer.model.merge_and_unload()
-    merged.__dict__.pop("forward", None)  # the ELBO head
-    merged.save_pretrained(root / name)
+    trainer.model.merge_and_unload().save_pretrained(root / name)

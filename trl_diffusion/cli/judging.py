@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoTokenizer
 
 from ..diagnosis.diagnose import diagnose_variance
 from ..evaluation.likelihood import METHODS, ORDERS, likelihood
 from ..scoring.door import DatasetMixtureConfig, ScriptArguments, get_quantization_config
-from ..trainers.loading import find_model, load_model, loading_options
+from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from .arguments import (
     DiffusionModelConfig,
@@ -76,8 +75,9 @@ def diagnose(script_args: Any, training_args: Any, model_args: Any, dataset_args
     adapter, quantization_config, tokenizer = diagnosis.adapter_name_or_path, get_quantization_config(model_args), None
     if adapter and model:  # on the base model that was asked for, whatever the adapter says of its own
         options = loading_options(training_args) | {"quantization_config": quantization_config}
-        tokenizer, quantization_config = AutoTokenizer.from_pretrained(model), None
-        model = PeftModel.from_pretrained(load_model(find_model(model, options), options), adapter)
+        source = find_model(model, options)
+        tokenizer, quantization_config = load_tokenizer(source, options), None
+        model = PeftModel.from_pretrained(load_model(source, options), adapter)
     report = diagnose_variance(
         model or adapter,
         dataset=load_datasets(script_args, training_args, dataset_args)["train_dataset"],

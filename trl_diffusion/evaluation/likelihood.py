@@ -29,7 +29,7 @@ from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
 from ..models.families import family_of
 from ..models.positions import position_limit
 from ..scoring.door import hash_module
-from ..scoring.head import ELBOHead
+from ..scoring.head import ELBOHead, draws_at_hand
 from ..scoring.key import scoring_key
 from ..scoring.responses import cut
 from .ledger import Ledger, processes_of
@@ -191,7 +191,7 @@ class _Scorer:
         is_exact = "order" in self.drawing
         draw = partial(chain_rule, nonce=window.number) if is_exact else partial(draw_masks, rows=ids)
         draws = draw(maskable, **self.drawing)
-        head = ELBOHead(_never, self.mask_token_id, self.draws_per_forward)
+        head = ELBOHead(draws_at_hand, self.mask_token_id, self.draws_per_forward)
         responses = cut(ids, torch.ones_like(maskable), draws, self.draws_per_forward)
         out = head.score(self.model, responses, maskable, draws)
         error = 0.0 if is_exact else out.standard_error.item()
@@ -250,7 +250,3 @@ def _rows(texts: Any) -> list[dict[str, str]]:
 
 def _hash(windows: list[Window]) -> str:
     return blake2b(repr([(w.ids, w.begin) for w in windows]).encode(), digest_size=16).hexdigest()
-
-
-def _never(*args: Any) -> MaskDraws:
-    raise NotImplementedError  # the draws are at hand

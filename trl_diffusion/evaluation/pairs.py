@@ -196,17 +196,17 @@ def chosen_answers(
 
     Of equal answers the first counts, and an empty one is nothing that a model could score.
     """
-    usable = [
-        i for i, (text, total) in enumerate(zip(texts, totals, strict=True))
+    usable = {
+        i: total for i, (text, total) in enumerate(zip(texts, totals, strict=True))
         if total is not None and text.strip() and text not in texts[:i]
-    ]  # fmt: skip
+    }  # fmt: skip
     if strategy == "threshold":
         yield from ((i,) for i in usable)
         return
-    ordered = sorted(usable, key=lambda i: -totals[i])  # type: ignore[operator]
+    ordered = sorted(usable, key=lambda i: -usable[i])
     pairs = list(combinations(ordered, 2)) if strategy == "all" else [(ordered[0], ordered[-1])] if ordered else []
     for high, low in pairs:
-        difference = totals[high] - totals[low]  # type: ignore[operator]
+        difference = usable[high] - usable[low]
         if difference > 0 and difference >= margin:
             yield high, low
 

@@ -8,7 +8,6 @@ Blocks are counted where the model counts them, so that the end of the prompt ma
 the response. Rows of different prompts have blocks of their own and run one by one.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .blocks import History, denoise, read
 from .families import blocks_of, family_of
 from .family import Blocks
 from .logits import logits_of
-from .predictions import is_end, predict, reveal_counts
+from .predictions import is_end, predict, reveal_counts, surest
 from .sampler_arguments import SamplerArguments, Tokens
 
 
@@ -99,10 +98,8 @@ class _Filling:
         predicted, confidence = predict(logits, everywhere, self.generator, self.arguments, self.tokens)
         if self.arguments.remasking == "random":
             confidence = torch.rand(len(places), generator=self.generator, device=places.device)
-        kept = torch.zeros_like(places, dtype=torch.bool)
-        kept[confidence.topk(min(count, len(places))).indices] = True
-        if (threshold := self.arguments.confidence_threshold or 1) < 1:
-            kept |= confidence >= math.log(threshold)
+        threshold = self.arguments.confidence_threshold
+        kept = surest(confidence, count, None if threshold == 1 else threshold)  # 1 turns that of the family off
         self.text[places[kept]] = predicted[kept]
 
     def _logits(self, places: torch.Tensor) -> torch.Tensor:

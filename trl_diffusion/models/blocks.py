@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -163,11 +164,16 @@ def _seen(numbers: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
 
 def _run(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, first: int, layers: _Layers) -> torch.Tensor:
     positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
-    # Its name was `past_key_values` before transformers 5.24
-    cache = "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
-    inputs = {"attention_mask": _as_asked(mask, model), "position_ids": positions, cache: layers}
+    inputs = {"attention_mask": _as_asked(mask, model), "position_ids": positions}
+    inputs[_name_of_cache(model.base_model.__class__)] = layers
     with _layers_take_a_history(model):
         return hidden_states(model, ids, **inputs)
+
+
+@lru_cache
+def _name_of_cache(backbone: Any) -> str:
+    """The argument of a class of backbones that takes a history; transformers called it otherwise before 5.24."""
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
 
 
 def _as_asked(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """What samplers share: a token for each hidden place, how sure it is, and how many are kept at each step."""
 
+import math
+
 import torch
 
 from .sampler_arguments import SamplerArguments, Tokens
@@ -45,6 +47,13 @@ def _confidence(logits: torch.Tensor, predicted: torch.Tensor, remasking: str) -
         first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
         return first - second
     return logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def surest(confidence: torch.Tensor, count: int, threshold: float | None) -> torch.Tensor:
+    """`(..., n)` bool: the `count` surest of some places, and those of at least the probability `threshold`."""
+    count = min(count, confidence.shape[-1])
+    kept = torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, confidence.topk(count).indices, True)
+    return kept if threshold is None else kept | (confidence >= math.log(threshold))
 
 
 def is_end(response: torch.Tensor, tokens: Tokens) -> torch.Tensor:

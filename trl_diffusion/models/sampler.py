@@ -11,7 +11,6 @@ block there is one copy; what is computed of them is computed of some positions 
 """
 
 import inspect
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from .block_sampler import generate_blocks
 from .families import family_of
 from .family import Blocks
 from .positions import counts_from_the_left
-from .predictions import is_end, predict, reveal_counts
+from .predictions import is_end, predict, reveal_counts, surest
 from .sampler_arguments import SamplerArguments, Tokens, read_arguments
 from .trying import evaluating
 
@@ -207,10 +206,7 @@ def _reveal(rows, logits, start, count, generators, arguments, tokens):
             predicted[row, some], confidence[row, some] = predict(logits[row], some, generator, arguments, tokens)
         if arguments.remasking == "random":
             confidence[row, places] = torch.rand(len(places), generator=generator, device=rows.device)
-    chosen = torch.zeros_like(masked).scatter(1, confidence.topk(count, dim=1).indices, True)
-    if arguments.confidence_threshold is not None:
-        chosen |= confidence >= math.log(arguments.confidence_threshold)
-    chosen &= masked
+    chosen = surest(confidence, count, arguments.confidence_threshold) & masked
     rows[:, start : start + logits.shape[1]] = torch.where(chosen, predicted, block)
     return rows
 

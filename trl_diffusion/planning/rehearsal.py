@@ -19,7 +19,7 @@ from ..estimators.draws import MaskDraws
 from ..models.families import blocks_of, family_of
 from ..models.family import Blocks
 from ..scoring.gradients import trainable_parameters, waiting_bytes
-from ..scoring.head import ELBOHead
+from ..scoring.head import ELBOHead, draws_at_hand
 from ..scoring.responses import Response, cut, draws_per_chunk
 from .as_on_a_gpu import as_on_a_gpu
 from .live_bytes import LiveBytes, NoValues
@@ -121,7 +121,7 @@ def run(
 ) -> Counted:
     """Run a step on fake tensors, with the first `number` of the model's `blocks` only, and count."""
     responses, maskable, draws = _material(model, step)  # where values are known
-    head = ELBOHead(_nothing, 0, step.draws_per_forward, step.elbo_gradient)
+    head = ELBOHead(draws_at_hand, 0, step.draws_per_forward, step.elbo_gradient)
     mode, memory = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     copied = fake_copy(model, mode, blocks, number)
     base = _prepare(copied, step)
@@ -166,10 +166,6 @@ def _first_chunk(
     chunk = response.chunks[0]
     some = MaskDraws(draws.masked[: len(chunk.masked), :1], draws.weight[: len(chunk.masked), :1])
     return [replace(response, chunks=[chunk])], maskable[:1], some
-
-
-def _nothing(*args: Any) -> MaskDraws:
-    raise NotImplementedError  # the draws are at hand
 
 
 def _prepare(model: Any, step: Step) -> Any:

@@ -57,6 +57,11 @@ class ELBOHeadOutput(FusedCausalLMOutput):
     mask_ratio: torch.Tensor | None = None
 
 
+def draws_at_hand(*args: Any, **kwargs: Any) -> MaskDraws:
+    """The sampler of a head that is only ever given draws."""
+    raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class ELBOHead:
     """
