@@ -38,7 +38,7 @@ demo-kto: $(VENV)/.installed
 	$(RUN) examples/demo_kto.py
 
 test: $(VENV)/.tests
-	$(RUN) -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(RUN) -m pytest -n 2 $(PYTEST_ARGS)
 
 # What the versions of other libraries can break first. An environment over .venv, with what is newer there
 NEWEST_TESTS := tests/test_trl_contract.py tests/test_trainers.py tests/test_head.py tests/test_gradients.py \
@@ -53,7 +53,7 @@ $(VENV)-newest/.installed: $(VENV)/.tests requirements-newest.txt
 	@touch $@
 
 test-newest: $(VENV)-newest/.installed
-	$(RUN:$(VENV)/%=$(VENV)-newest/%) -m pytest -n 2 --dist loadgroup $(NEWEST_TESTS) $(PYTEST_ARGS)
+	$(RUN:$(VENV)/%=$(VENV)-newest/%) -m pytest -n 2 $(NEWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

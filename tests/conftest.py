@@ -100,6 +100,24 @@ def pairs():
     return make_pairs()
 
 
+# Files whose tests compare with what one process has made for all of them: another worker would make it again. The mark
+# `xdist_group` says nothing from pytest 9.2 on, which keeps the name that xdist reads elsewhere
+TOGETHER = ("test_matrix.py", "test_distributed.py", "test_decoders_distributed.py")
+
+
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
+def pytest_xdist_make_scheduler(config, log):
+    """Tests are handed out one by one, and those of some files together and first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharedWork(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return BySharedWork(config, log)
+
+
 def pytest_collection_finish():
     """Every run of a trainer collects garbage, and would look through all that was imported each time: 0.4 s."""
     gc.collect()

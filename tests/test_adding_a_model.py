@@ -58,7 +58,11 @@ def test_a_small_encoder_becomes_polite(known, capsys, tmp_path):
     words = ["[PAD]", "[CLS]", "[MASK]", "[SEP]", "[UNK]", *dict.fromkeys(text.split())]
     make_encoder("distilbert", vocab_size=len(words), eos_token_id=None).save_pretrained(tmp_path / "encoder")
     make_encoder_tokenizer(words).save_pretrained(tmp_path / "encoder")
-    found = follow("a-small-encoder.md", model=('"distilbert/distilbert-base-uncased"', '"encoder"'))
+    found = follow(
+        "a-small-encoder.md",
+        model=('"distilbert/distilbert-base-uncased"', '"encoder"'),
+        epochs=("num_train_epochs=3", "num_train_epochs=1"),  # enough for one as small
+    )
     assert found["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2
     assert found["before"]["eval_rewards/margins"] == 0 < found["after"]["eval_rewards/margins"]
     assert found["after"]["eval_rewards/accuracies"] > 0.9

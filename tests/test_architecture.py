@@ -104,32 +104,26 @@ assert type(config).__name__ == "LLaDAConfig" and type(model).__name__ == "LLaDA
 assert type(AutoModelForMaskedLM.from_pretrained(sys.argv[1])) is type(model)
 assert not any(getattr(finder, "name", "").startswith("transformers") for finder in sys.meta_path)  # done, and gone
 """
+TARGETS = """
+import peft
+adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
+assert sum(hasattr(module, "lora_A") for module in adapted.modules()) == 14  # seven layers of two blocks, and no head
+assert type(adapted.get_base_model().get_output_embeddings()).__name__ == "Linear"
+"""
 AUTO = "from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM\n"
 ORDERS = {
     "package first": "import trl_diffusion\n" + AUTO,
-    "transformers first": "import transformers\nimport trl_diffusion\n" + AUTO,
-    "auto classes first": AUTO + "import trl_diffusion\n",
+    "transformers first, then PEFT": "import transformers\nimport trl_diffusion\n" + AUTO,
+    "PEFT and auto classes first": "import peft\n" + AUTO + "import trl_diffusion\n",
     "in the middle of transformers": "import trl_diffusion, transformers.modeling_utils\n" + AUTO,
 }
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_importing_the_package_registers_what_it_saves(tmp_path, order):
-    """In new interpreters: nothing else is imported, and nothing of ours until a checkpoint is met."""
+    """In new interpreters: nothing of ours is imported until a checkpoint is met. PEFT knows then what to adapt."""
     make_model().save_pretrained(tmp_path)
     idle = "assert not {'trl_diffusion.models', 'trl_diffusion.models.llada'} & set(sys.modules)\n"
-    code = "import sys\n" + ORDERS[order] + idle + LOADS
+    code = "import sys\n" + ORDERS[order] + idle + LOADS + (TARGETS if "PEFT" in order else "")
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("order", ["import peft, trl_diffusion.models", "import trl_diffusion.models, peft"])
-def test_peft_knows_the_targets_of_our_models(order):
-    code = f"""{order}
-from trl_diffusion import LLaDAConfig, LLaDAModelLM
-config = LLaDAConfig(d_model=16, n_heads=2, n_layers=2, mlp_hidden_size=16, vocab_size=9, mask_token_id=2)
-adapted = peft.get_peft_model(LLaDAModelLM(config), peft.LoraConfig(r=2))
-print(sum(hasattr(module, "lora_A") for module in adapted.modules()), adapted.get_base_model().get_output_embeddings())
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "14 Linear(in_features=16, out_features=9, bias=False)\n"

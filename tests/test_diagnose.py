@@ -1,13 +1,11 @@
 """The diagnosis of variance: its arithmetic against enumeration and against estimates made one by one; its course."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from math import comb
-from pathlib import Path
 
+import diagnose_variance as script
 import pytest
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
@@ -470,7 +468,7 @@ def test_refusals(tmp_path, options, message):
 
 
 @pytest.mark.slow
-def test_the_example(tmp_path):
+def test_the_example(tmp_path, capsys):
     model, tokenizer = make_model(seed=1), make_tokenizer(with_mask=True)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -479,14 +477,13 @@ def test_the_example(tmp_path):
         tmp_path / "adapter"
     )
     make_pairs().to_json(tmp_path / "data" / "train.jsonl")
-    script = Path(__file__).parents[1] / "examples" / "diagnose_variance.py"
     options = {
         "model_name_or_path": tmp_path / "model", "adapter_name_or_path": tmp_path / "adapter",
         "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out", "num_pairs": 3, "num_draws": 32,
         "use_cpu": True, "bf16": False, "report_to": "none",
     }  # fmt: skip
     flags = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    run = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "3 pairs, 32 draws" in run.stdout and "Recommended: " in run.stdout
-    assert "stand in for" not in run.stdout
+    script.main(*script.make_parser().parse_args_and_config(flags, fail_with_unknown_args=True))
+    printed = capsys.readouterr().out
+    assert "3 pairs, 32 draws" in printed and "Recommended: " in printed
+    assert "stand in for" not in printed

@@ -14,7 +14,7 @@ import torch
 from conftest import make_pairs
 from matrix import BETA, REFERENCES, VALUES, Cell, every_cell, make_trainer, pairs, read, run, save_inputs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("matrix")]
+pytestmark = pytest.mark.slow
 
 CELLS = read("""
     one         vrpo        all         ref_model   bf16        memory      off
