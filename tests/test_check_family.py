@@ -100,6 +100,19 @@ def with_config(model, **entries):
     return model
 
 
+def with_token(name):
+    """As Qwen3's has tokens of tools and thoughts: added, and not special."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([name])
+    return tokenizer
+
+
+def larger_llama(**config):
+    model = make_llama(**config)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    return model
+
+
 def larger_tokenizer():
     tokenizer = make_encoder_tokenizer()
     tokenizer.add_tokens(["purple"])
@@ -115,6 +128,9 @@ BAD = {
     "another mask than the tokenizer's": ("mask token", "model's mask token is 1 and the tokenizer's is 2"),
     "a special token that is no mask": ("mask token", r"mask token is 5, which is .*the tokenizer has .*mdm_mask"),
     "a word as the mask": ("mask token", "mask token is 12, which is 'three'.*an ordinary token"),
+    "a part of texts as the mask": ("mask token", "mask token is 30, which is '</tool>'.*an ordinary token.*say so"),
+    "a word as the end of text": ("tokenizer", "end of text of the model .* is 12, which is no special token.*'three'"),
+    "an end of text that is not there": ("tokenizer", "end of text of the model .* is 31, .*: None"),
     "a larger tokenizer": ("tokenizer", f"makes the token {len(VOCABULARY)}, .* has {len(VOCABULARY)} tokens"),
     "an autoregressive checkpoint": ("shift", "weights of an autoregressive model"),
     "causal attention": ("causality", "attends causally"),
@@ -150,6 +166,9 @@ def make_bad(name, learnt, monkeypatch):
         "another mask than the tokenizer's": lambda: (with_config(learnt, mask_token_id=1), encoders),
         "a special token that is no mask": lambda: (make_llama(mask_token_id=5), llama),
         "a word as the mask": lambda: (make_llama(mask_token_id=12), llama),
+        "a part of texts as the mask": lambda: (larger_llama(mask_token_id=30), with_token("</tool>")),
+        "a word as the end of text": lambda: (make_model(eos_token_id=12), llama),
+        "an end of text that is not there": lambda: (make_model(vocab_size=40, eos_token_id=31), llama),
         "a larger tokenizer": lambda: (own, larger_tokenizer()),
         "an autoregressive checkpoint": lambda: (make_counter(1), llama),
         "causal attention": lambda: (make_llama(is_causal=True), llama),

@@ -20,8 +20,8 @@ from test_trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 
-# All weights, with tied heads; adapters, with shifted logits, a tied head, on experts that not every token meets, on an
-# encoder
+# All weights, with tied heads; adapters, with shifted logits, a tied head, on experts that not every token meets, on
+# encoders
 CELLS = {
     "iLLaDA": (FOLDERS["iLLaDA"].model, None),
     "Dream": (FOLDERS["Dream"].model, LoraConfig(r=4)),
@@ -29,8 +29,14 @@ CELLS = {
     "Nemotron": (FOLDERS["Nemotron"].model, LoraConfig(r=4)),
     "LLaDA-MoE": (FOLDERS["LLaDA-MoE"].model, LoraConfig(r=4, target_modules=EVERYWHERE)),
     "bert": (partial(make_encoder, "bert", mask_token_id=2), None),
+    "roberta": (partial(make_encoder, "roberta", mask_token_id=2), None),
     "distilbert": (partial(make_encoder, "distilbert", mask_token_id=2), None),
+    "electra": (partial(make_encoder, "electra", mask_token_id=2), LoraConfig(r=4)),
     "modernbert": (partial(make_encoder, "modernbert", mask_token_id=2), LoraConfig(r=4)),
+}
+REFUSED_BY_FSDP = {
+    "bert": "`cls.predictions.decoder.bias` and `cls.predictions.bias`",
+    "roberta": "`lm_head.decoder.bias` and `lm_head.bias`",
 }
 # Which layers are wrapped is then what the model says
 BY_THE_MODEL = {name: value for name, value in FSDP.items() if name != "FSDP_TRANSFORMER_CLS_TO_WRAP"}
@@ -39,7 +45,7 @@ BY_THE_MODEL = {name: value for name, value in FSDP.items() if name != "FSDP_TRA
 def train_cells(folder, processes, sharded):
     with fsdp_on_the_cpu() if sharded else nullcontext():
         for name, (make, adapter) in CELLS.items():
-            if sharded and name == "bert":
+            if sharded and name in REFUSED_BY_FSDP:
                 continue
             options = {**COMMON, "per_device_train_batch_size": 4 // processes}
             rows = load_from_disk(str(folder / "rows"))
@@ -65,16 +71,15 @@ def test_two_processes_equal_one(on_one, sharded):
     environment = BY_THE_MODEL if sharded else {}
     codes = run_forked(train_cells, on_one, 2, sharded, processes=2, folder=on_one, environment=environment)
     assert codes == [0, 0], logs(on_one)
-    for name in CELLS if not sharded else CELLS.keys() - {"bert"}:
+    for name in CELLS if not sharded else CELLS.keys() - REFUSED_BY_FSDP.keys():
         assert_the_same(on_one, name, 2)
 
 
 def refused_by_fsdp(folder):
-    with (
-        fsdp_on_the_cpu(),
-        pytest.raises(ValueError, match=r"`cls.predictions.decoder.bias` and `cls.predictions.bias`"),
-    ):
-        make_trainer(folder / "out", CELLS["bert"][0]())
+    with fsdp_on_the_cpu():
+        for name, message in REFUSED_BY_FSDP.items():
+            with pytest.raises(ValueError, match=message):
+                make_trainer(folder / "out", CELLS[name][0]())
 
 
 def test_a_bias_that_is_there_twice_is_no_weight_for_fsdp(tmp_path):

@@ -8,6 +8,7 @@ The oracle is the class of transformers itself, given rows without padding one b
 import json
 
 import pytest
+import test_sft
 import torch
 from conftest import make_pairs
 from datasets import Dataset
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 from trl_diffusion import (
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
     DiffusionVRPOConfig,
     DiffusionVRPOTrainer,
     ELBOKTOConfig,
@@ -123,9 +126,16 @@ def test_a_second_segment_is_refused():
 # ------------------------------------------------------------------------------------------------------------- training
 
 
+CONFIGURATIONS = {
+    DiffusionVRPOTrainer: DiffusionVRPOConfig,
+    ELBOKTOTrainer: ELBOKTOConfig,
+    DiffusionSFTTrainer: DiffusionSFTConfig,
+}
+
+
 def trained(kind, path, out, peft_config=None, dataset=None, **options):
     """By path alone, with the trainers' defaults: bfloat16 by autocast, layer checkpointing, the folder's tokenizer."""
-    config = DiffusionVRPOConfig if kind is DiffusionVRPOTrainer else ELBOKTOConfig
+    config = CONFIGURATIONS[kind]
     options = {"num_mc_samples": 2, "max_steps": 1, "use_cpu": True, "report_to": [], "logging_steps": 1, **options}
     arguments = config(str(out), learning_rate=1e-2, disable_tqdm=True, **options)
     assert arguments.bf16 and arguments.gradient_checkpointing
@@ -167,6 +177,23 @@ def test_trained_whole_and_saved_as_what_transformers_loads(name, path, tmp_path
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # tied, as it was
     assert loaded.config.mask_token_id == 2 and loaded.config.eos_token_id == 3  # what `generate` asks for
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "[SEP]"
+
+
+def test_answers_are_imitated(tmp_path):
+    """The first loss is minus the ELBO of a token by the definition in float32, to bfloat16's one part in 2^8."""
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    path = write_encoder(tmp_path / "published", "roberta", **no_dropout)
+    options = {"dataset": test_sft.make_completions(4), "per_device_train_batch_size": 4, "max_steps": 2}
+    trainer = trained(DiffusionSFTTrainer, path, tmp_path / "out", **options)
+    inputs = test_sft.batch_of(trainer, range(4))
+    model = AutoModelForMaskedLM.from_pretrained(path).eval()
+    model.config.mask_token_id = 2
+    expected = test_sft.by_hand(model, trainer, inputs, 1, "tokens")
+    first, second = (entry["loss"] for entry in trainer.state.log_history[:2])
+    assert first == pytest.approx(expected.item(), rel=2**-8) and second != first
+    assert [row["labels"][-1] for row in trainer.train_dataset] == [3] * 4  # [SEP]
+    trainer.save_model(tmp_path / "saved")
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")) is type(trainer.model)
 
 
 def unpaired():

@@ -11,7 +11,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..models.denoiser import resolve_mask_token_id
+from ..models.denoiser import is_word, resolve_mask_token_id
+from ..models.families import family_of
 
 
 def check_arguments(args: Any, config_class: Any, compute_metrics: Any) -> None:
@@ -100,7 +101,7 @@ def check_same_vocabulary(config: Any, other: Any, tokenizer: PreTrainedTokenize
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Refuse a tokenizer without an end of text, or whose special tokens are the mask."""
+    """Refuse a tokenizer without an end of text, whose special tokens are the mask, or that is another model's."""
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end of text, which every completion ends in: set `tokenizer.eos_token`.")
     mask = resolve_mask_token_id(config, tokenizer)
@@ -110,6 +111,26 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
                 f"`tokenizer.{name}` is the mask token ({mask}), so it would be taken for noise wherever it stands. "
                 f"Set `tokenizer.{name}` to the token that the model was trained with."
             )
+    _refuse_words_as_ends(tokenizer, config)
+
+
+def _refuse_words_as_ends(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """
+    Refuse a tokenizer for which the end of text of a known family is a word: it is another model's.
+
+    Of a model that is of no family the configuration may have been left at its defaults. A tokenizer that has the
+    same special tokens at the same places, and other words between them, is not found here but by what the data cost.
+    """
+    ends = getattr(config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list | tuple) else [end for end in (ends,) if end is not None]
+    if not family_of(config).model_types or not ends or not all(is_word(end, tokenizer) for end in ends):
+        return
+    names = [tokenizer.convert_ids_to_tokens(end) if end < len(tokenizer) else None for end in ends]
+    raise ValueError(
+        f"The end of text of the model (model_type={config.model_type!r}) is {ends[0]}, which is no special token of "
+        f"the tokenizer: {names[0]!r}. Use the tokenizer that belongs to the model, or correct "
+        "`model.config.eos_token_id`."
+    )
 
 
 def refuse_unknown_token(token: int, vocab_size: int) -> None:

@@ -61,6 +61,12 @@ def _in_vocabulary(tokenizer: PreTrainedTokenizerBase | None, names: tuple[str, 
     return None
 
 
+def is_word(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token is one that text is made of for the tokenizer, and no special token of its."""
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token not in tokenizer.all_special_ids and not (added is not None and added.special)
+
+
 def _refuse_words(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuse a mask token that text may contain, or that the tokenizer does not have: one of the two is another's."""
     if tokenizer is None:
@@ -74,10 +80,11 @@ def _refuse_words(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None)
     name = str(tokenizer.convert_ids_to_tokens(mask_token_id))
     if "mask" in name.lower():
         return
-    if mask_token_id not in tokenizer.added_tokens_decoder and mask_token_id not in tokenizer.all_special_ids:
+    if is_word(mask_token_id, tokenizer):
         raise ValueError(
             f"The mask token is {mask_token_id}, which is {name!r} for the tokenizer, an ordinary token: it would be "
-            f"taken for noise wherever it stands. {cure}"
+            f"taken for noise wherever it stands. {cure} If it is the mask all the same, say so: "
+            f"`tokenizer.mask_token = {name!r}`."
         )
     special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
     better = sorted(token for token in special if "mask" in token.lower())
