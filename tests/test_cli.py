@@ -167,15 +167,29 @@ def test_the_names_of_accelerates_configurations(tmp_path):
         launch.configuration(["--accelerate_config", "zero_3"])
     with pytest.raises(ValueError, match="needs a name or a file"):
         launch.configuration(["--accelerate_config"])
+    assert launch.configuration(["--num_processes", "2"]) == (None, ["--num_processes", "2"])
 
 
-def test_a_launch_is_accelerates(monkeypatch, capsys):
+def test_a_launch_is_accelerates(monkeypatch, capsys, tmp_path):
     launched = []
     monkeypatch.setattr(launch, "launch_command", launched.append)
-    assert main(["vrpo", "--accelerate_config", "multi_gpu", "--beta", "0.3"]) == 0
-    (arguments,) = launched
-    assert arguments.module and arguments.training_script == cli.__name__
-    assert arguments.training_script_args == ["vrpo", "--beta", "0.3"]
-    assert arguments.config_file.endswith("multi_gpu.yaml")
-    assert main(["vrpo", "--accelerate_config", "many"]) == 2
+    assert (
+        main(["vrpo", "--accelerate_config", "multi_gpu", "--beta", "0.3", "--num_processes", "2", "--use_peft"]) == 0
+    )
+    assert main(["vrpo", "--num_processes=2", "--mixed_precision", "no", "--multi_gpu", "--beta", "0.3"]) == 0
+    by_name, by_number = launched
+    assert by_name.module and by_name.training_script == cli.__name__
+    assert by_name.training_script_args == ["vrpo", "--beta", "0.3", "--use_peft"]
+    assert by_name.config_file.endswith("multi_gpu.yaml") and by_name.num_processes == 2
+    assert by_number.training_script_args == ["vrpo", "--beta", "0.3"] and by_number.config_file is None
+    assert by_number.num_processes == 2 and by_number.mixed_precision == "no" and by_number.multi_gpu
+    with pytest.raises(SystemExit, match="2"):
+        main(["vrpo", "--accelerate_config", "many"])
     assert "neither a file nor the name of a configuration" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # before any process is started
+        main(["vrpo", "--accelerate_config", "multi_gpu", "--config", "some.yaml", "--bta", "0.3"])
+    assert "`--bta` is not an option. Did you mean `--beta`?" in capsys.readouterr().err
+    (tmp_path / "options.yaml").write_text("accelerate_config: multi_gpu\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["vrpo", "--config", str(tmp_path / "options.yaml")])
+    assert "`--accelerate_config` in the YAML file is not an option. It says how" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from test_trainers import batch_of, elbos_by_hand, make_trainer
+from transformers import GenerationConfig
+from trl import LogCompletionsCallback
 
 from trl_diffusion import WinRateCallback
 from trl_diffusion.trainers.displacement import CHOSEN, REJECTED, DisplacementWatch
@@ -134,3 +136,24 @@ def test_prompts_that_do_not_fit_are_refused_before_training(tmp_path):
         WinRateCallback(trainer, ["one " * 30], letters, max_new_tokens=8)
     with pytest.raises(ValueError, match="`freq` must be at least 1"):
         WinRateCallback(trainer, PROMPTS, letters, freq=0)
+
+
+def test_trl_logs_completions_by_the_samplers_arguments(tmp_path):
+    """An adapter on checkpointed layers, as by default: the answers are the sampler's, and training is as without."""
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    rows = make_pairs(3).map(lambda row: {name: [{"role": role, "content": row[name]}] for name, role in roles.items()})
+    options = {"max_steps": 2, "gradient_checkpointing": True, "peft_config": LoraConfig(r=4)}
+    sampler, runs = {"max_new_tokens": 6, "block_length": 3, "remasking": "entropy"}, []
+    for is_watched in (False, True):
+        trainer = make_trainer(tmp_path, dataset=rows, eval_dataset=rows.select(range(2)), **options)
+        if is_watched:
+            callback = LogCompletionsCallback(trainer, GenerationConfig(**sampler), freq=1)
+            trainer.add_callback(callback)
+        trainer.train()
+        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert runs[0] == runs[1]
+    assert [step for step, _, _ in callback.table] == ["1", "1", "2", "2"]
+    for _, prompt, answer in callback.table[2:]:
+        ids = make_tokenizer()([prompt], return_tensors="pt").input_ids
+        expected = trainer.model.generate(input_ids=ids, **sampler)[0, ids.shape[1] :]
+        assert answer == make_tokenizer().decode(expected, skip_special_tokens=True)

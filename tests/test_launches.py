@@ -1,5 +1,6 @@
 """
-Real launches: `accelerate launch` of the examples by the shipped configuration files, two processes on the CPU.
+Real launches by the shipped configuration files, two processes on the CPU: `accelerate launch` of the examples, and
+the command that launches itself.
 
 What a file says is what the cells of test_matrix.py are run with; here is the way from the file to the run.
 """
@@ -24,6 +25,7 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 LN2 = torch.tensor(2.0).log().item()  # in float32, as a loss is
 # By script: its rows, and the loss that it starts at
 SCRIPTS = {"vrpo_lora": (vrpo_lora, make_pairs, LN2), "elbo_kto_lora": (elbo_kto_lora, make_feedback, 0.5)}
+COMMANDS = {"ddp": "vrpo"}  # by the launch: what is run by `trl-diffusion COMMAND --accelerate_config FILE`
 # By the launch: the file, the script, what it is told. DeepSpeed makes one step: the engine that scored the reference
 # gathers weights in training too, and more steps take long
 LAUNCHES = {
@@ -106,9 +108,15 @@ def test_launched_examples_equal_one_process(folder, launch):
     one = arguments_of(folder, "one", "--use_cpu", "--bf16", "False", "--per_device_train_batch_size", "4")
     one += [option for option in options if option in ("--use_peft", "--precompute_ref_log_probs")]
     script.main(*script.make_parser().parse_args_and_config(one))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
-    command += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "tests" / "launched.py"), launch]
-    command += [str(ROOT / "examples" / f"{name}.py"), *arguments_of(folder, "two", *options)]
+    command = [sys.executable, "-m"]
+    if launch in COMMANDS:
+        command += ["trl_diffusion.cli.main", COMMANDS[launch], "--accelerate_config", config]
+        command += ["--num_processes", "2", "--main_process_port", "0"]
+    else:
+        command += ["accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+        command += ["--num_processes", "2", "--main_process_port", "0", str(ROOT / "tests" / "launched.py"), launch]
+        command += [str(ROOT / "examples" / f"{name}.py")]
+    command += arguments_of(folder, "two", *options)
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "tests"))
     environment = {**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command += ["--per_device_train_batch_size", "2"]

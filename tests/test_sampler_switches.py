@@ -3,12 +3,14 @@ The sampler's switches against a naive sampler, written here for one prompt at a
 """
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from conftest import make_model
-from test_generation import EOS, MASK, PROMPTS, cut_after_end, generate, naive_logits
+from test_decoders import FOLDERS
+from test_generation import EOS, MASK, PROMPTS, assert_frequencies, cut_after_end, generate, naive_logits
 
 from trl_diffusion.cli.answering import GenerateArguments, SamplingArguments
 from trl_diffusion.models.sampler_arguments import SamplerArguments
@@ -119,9 +121,75 @@ def test_a_threshold_reveals_what_is_sure_in_fewer_forwards(threshold):
     assert counted.rows <= 8 * len(PROMPTS) and (threshold > 0.2 or counted.rows < 8 * len(PROMPTS))
 
 
+# ------------------------------------------------------------------------------------------------- ancestral sampling
+
+
+def test_in_ancestral_sampling_a_step_that_reveals_nothing_costs_nothing():
+    """
+    A token's step is any of T, so that L tokens have so many different ones as L balls fill of T boxes: T (1 - (1 -
+    1/T)^L) in expectation (RADD), with a variance that is known too.
+    """
+    rows, prompt, ends = 150, PROMPTS[0], {"eos_token_id": [1000], "pad_token_id": EOS}  # no answer ends
+    model = make_model(d_model=8, n_heads=2, n_layers=1, mlp_hidden_size=8)
+    for length, block, steps in ((8, 8, 8), (8, 4, 64), (6, 3, 4)):
+        counted, canvas = Forwards(model), {"max_new_tokens": length, "block_length": block, "steps": steps}
+        generate(model, [prompt], **canvas, **ends, remasking="ancestral", seed=0, num_return_sequences=rows)
+        blocks, of_block = length // block, steps // (length // block)
+        empty, two_empty = (1 - 1 / of_block) ** block, (1 - 2 / of_block) ** block
+        expected = blocks * of_block * (1 - empty)
+        variance = blocks * (of_block * empty + of_block * (of_block - 1) * two_empty - (of_block * empty) ** 2)
+        assert abs(counted.rows / rows - expected) < 4 * (variance / rows) ** 0.5
+        assert counted.rows < rows * min(steps, length)
+
+
+def test_ancestral_texts_have_the_probabilities_of_all_orders():
+    """Of two tokens: both at once with probability 1/T, or else one after the other, in either order."""
+    steps, prompt = 3, [5, 3]
+    model = make_model(seed=10, vocab_size=6, eos_token_id=None, pad_token_id=None)
+    tokens = [token for token in range(6) if token != MASK]
+
+    def probabilities(*response):
+        return naive_logits(model, [*prompt, *response], len(prompt), 0.0)[-2:].double().softmax(-1)
+
+    at_once = probabilities(MASK, MASK)
+    joint = {}
+    for a, b in itertools.product(tokens, tokens):
+        left_first = at_once[0, a] * probabilities(a, MASK)[1, b]
+        right_first = at_once[1, b] * probabilities(MASK, b)[0, a]
+        apart = (left_first + right_first) / 2
+        joint[a, b] = float(at_once[0, a] * at_once[1, b] / steps + apart * (1 - 1 / steps))
+    arguments = {"max_new_tokens": 2, "steps": steps, "temperature": 1.0, "remasking": "ancestral", "seed": 2}
+    samples = generate(model, [prompt], num_return_sequences=1500, **arguments)
+    assert_frequencies([tuple(s) for s in samples], joint)
+
+
+def test_ancestral_answers_depend_on_their_own_prompt_only():
+    model, given = make_model(), {"max_new_tokens": 8, "steps": 12, "block_length": 4, "remasking": "ancestral"}
+    given |= {"temperature": 1.0, "seed": 3, "eos_token_id": ENDS, "pad_token_id": EOS}
+    assert generate(model, PROMPTS, **given) == [generate(model, [prompt], **given)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["SDAR", "Fast-dLLM v2"])
+def test_block_diffusion_models_sample_so_too(name):
+    """Steps in which nothing is revealed are not run, and those that are left reveal all."""
+    model, run = FOLDERS[name].model(), []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, output: run.append(args[0].shape))
+    given = {"max_new_tokens": 8, "eos_token_id": [1000], "pad_token_id": EOS, "confidence_threshold": 1}
+    numbers = {}
+    for remasking in ("random", "ancestral"):
+        run.clear()
+        answers = [generate(model, PROMPTS[:1], remasking=remasking, seed=seed, **given)[0] for seed in range(4)]
+        assert all(MASK not in answer for answer in answers)
+        numbers[remasking] = len(run)
+    assert numbers["ancestral"] < numbers["random"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"remasking": "random", "steps": 9}, "at most `max_new_tokens` .8., but for `remasking='ancestral'`, got 9"),
+        ({"remasking": "ancestral", "confidence_threshold": 0.9}, "`remasking` at 'low_confidence'"),
+        ({"remasking": "ancestral", "confidence_eos_eot_inf": True}, "`remasking='ancestral'` does not"),
         ({"confidence_threshold": 0.0}, "`confidence_threshold` must be None or above 0 and at most 1, got 0.0"),
         ({"confidence_threshold": 1.5}, "`confidence_threshold` must be"),
         ({"confidence_threshold": 0.9, "steps": 4}, "leave `steps` out"),

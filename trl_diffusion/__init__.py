@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .estimators.draws import MaskDraws, MaskSampler, draw_masks
     from .estimators.elbo import ELBO, elbo
     from .evaluation.callback import WinRateCallback
+    from .evaluation.comparing import SamplingComparison, compare_sampling
     from .evaluation.likelihood import Likelihood, likelihood
     from .evaluation.pairs import sample_pairs
     from .models import LLaDAConfig, LLaDAModelLM
@@ -46,9 +47,11 @@ _HOMES = {
     "MaskDraws": "estimators.draws",
     "MaskSampler": "estimators.draws",
     "MemoryEstimate": "planning.memory",
+    "SamplingComparison": "evaluation.comparing",
     "VarianceReport": "diagnosis.report",
     "WinRateCallback": "evaluation.callback",
     "check_family": "checks.family",
+    "compare_sampling": "evaluation.comparing",
     "diagnose_variance": "diagnosis.diagnose",
     "draw_masks": "estimators.draws",
     "elbo": "estimators.elbo",
@@ -73,10 +76,12 @@ __all__ = [
     "MaskDraws",
     "MaskSampler",
     "MemoryEstimate",
+    "SamplingComparison",
     "VarianceReport",
     "WinRateCallback",
     "__version__",
     "check_family",
+    "compare_sampling",
     "diagnose_variance",
     "draw_masks",
     "elbo",

@@ -7,7 +7,7 @@ from typing import Any
 from ..evaluation.answers import Answerer
 from ..evaluation.pairs import STRATEGIES, sample_pairs
 from ..evaluation.prompts import read_prompts
-from ..models.sampler_arguments import REMASKING
+from ..models.sampler_arguments import BLOCK_CACHES, REMASKING
 from ..scoring.door import ScriptArguments
 from .arguments import UsedModelConfig, load_rows, load_to_use
 from .command import Command
@@ -32,6 +32,17 @@ class SamplingArguments:
     confidence_threshold: float | None = field(
         default=None,
         metadata={"help": "Keep all predictions of at least this probability instead of a fixed number in each step."},
+    )
+    block_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep keys and values of what is before a block, or outside of it, while it is filled: an "
+            "approximation.",
+            "choices": list(BLOCK_CACHES),
+        },
+    )
+    cache_refresh: int | None = field(
+        default=None, metadata={"help": "Steps of a block after which these are computed anew."}
     )
     logits_eos_inf: bool = field(default=False, metadata={"help": "Never predict the end of text."})
     confidence_eos_eot_inf: bool = field(default=False, metadata={"help": "Keep ends of text and of turns last."})

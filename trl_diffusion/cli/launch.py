@@ -1,38 +1,61 @@
 """A command on several devices, by `accelerate launch`."""
 
-import sys
+from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from .command import Command
 
 _OPTION = "--accelerate_config"
+# Of accelerate's options, those that say what is launched, which is said here
+_OURS = ("-h", "--help", "-m", "--module", "--no_python", "--config_file")
 
 
-def launch(name: str, options: list[str]) -> int:
-    """Run a command under the configuration that `--accelerate_config` names; returns the exit code."""
+def launch(command: Command, options: list[str]) -> int:
+    """
+    Run a command under the configuration that `--accelerate_config` names; returns the exit code.
+
+    Args:
+        command: of `trl-diffusion`.
+        options: its own, among which may be accelerate's, such as `--num_processes`.
+
+    Raises:
+        SystemExit: there is no such configuration, or an option is neither the command's nor accelerate's.
+    """
+    parser, launcher = command.parser(), launch_command_parser()
     try:
         config, rest = configuration(options)
     except ValueError as error:
-        print(f"trl-diffusion {name}: error: {error}", file=sys.stderr)
-        return 2
-    arguments = ["--config_file", config, "--module", "trl_diffusion.cli.main", name, *rest]
-    launch_command(launch_command_parser().parse_args(arguments))
+        parser.error(str(error))
+    names = {name: action.nargs for name, action in launcher._option_string_actions.items() if name not in _OURS}
+    of_launcher, own = _split(rest, {name for name in names if name not in parser._option_string_actions}, names)
+    parser.check(own)  # once, instead of in each process
+    which = ["--config_file", config] if config else []
+    module = ["--module", "trl_diffusion.cli.main", command.name]
+    try:
+        launch_command(launcher.parse_args([*which, *of_launcher, *module, *own]))
+    except ChildFailedError:  # which has said why
+        return 1
     return 0
 
 
-def configuration(options: list[str]) -> tuple[str, list[str]]:
+def configuration(options: list[str]) -> tuple[str | None, list[str]]:
     """
     The file of accelerate's configuration, and the options that are left.
 
     Args:
-        options: with `--accelerate_config`, a file or the name of one that comes with this package.
+        options: with `--accelerate_config`, a file or the name of one that comes with this package, or without.
 
     Raises:
         ValueError: it is neither.
     """
     parts = [part for option in options for part in (option.split("=", 1) if option.startswith(_OPTION) else [option])]
+    if _OPTION not in parts:
+        return None, parts
     place = parts.index(_OPTION)
     if place + 1 == len(parts):
         raise ValueError(f"`{_OPTION}` needs a name or a file after it. The names are {', '.join(names())}.")
@@ -50,3 +73,19 @@ def names() -> list[str]:
     """Of the configurations that come with this package."""
     folder = files("trl_diffusion.cli") / "accelerate_configs"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _split(options: list[str], theirs: Collection[str], arity: dict[str, object]) -> tuple[list[str], list[str]]:
+    """Options with these names, with their values, and the others."""
+    found: list[str] = []
+    others: list[str] = []
+    left = iter(options)
+    for option in left:
+        name, _, value = option.partition("=")
+        if name not in theirs:
+            others.append(option)
+            continue
+        found.append(option)
+        if not value and arity[name] != 0:
+            found += [value for value in (next(left, None),) if value is not None]
+    return found, others

@@ -21,7 +21,7 @@ COMMANDS = {
     "generate": ("answering", "GENERATE", "answer prompts with the diffusion sampler"),
     "merge": ("merging", "MERGE", "merge an adapter into its base model"),
 }
-_LAUNCH = "--accelerate_config"
+_LAUNCH = ("--accelerate_config", "--num_processes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,16 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"trl-diffusion: error: `{name}` is not a command. {hint}", file=sys.stderr)
         return 2
     quiet_start()
-    if any(option.split("=")[0] == _LAUNCH for option in options):
-        from .launch import launch
-
-        return launch(name, options)
     module, attribute, _ = COMMANDS[name]
     command = getattr(import_module(f".{module}", __package__), attribute)
     if not options:
         print(command.introduction())
         return 0
     try:
+        if any(option.split("=")[0] in _LAUNCH for option in options):
+            from .launch import launch
+
+            return launch(command, options)
         command.run(*command.parser().parse_args_and_config(options))
     except (ValueError, OSError) as error:  # of a user's values, which say what to do
         print(f"trl-diffusion {name}: error: {error}", file=sys.stderr)
@@ -62,7 +62,7 @@ def overview() -> str:
     head = "Masked diffusion language models, from a dataset to a judged model."
     tail = (
         "A command without options explains itself; with `--help` it lists them. They may stand in a YAML file\n"
-        f"(`--config FILE.yaml`). `{_LAUNCH} NAME` runs a command on several devices."
+        f"(`--config FILE.yaml`). `{_LAUNCH[0]} NAME` runs a command on several devices."
     )
     return "\n".join([head, "", "usage: trl-diffusion COMMAND [options]", "", *lines, "", tail])
 

@@ -26,6 +26,7 @@ _MOST_USED = (
     *("gradient_accumulation_steps", "gradient_checkpointing", "bf16", "use_cpu", "seed", "logging_steps"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "resume_from_checkpoint", "report_to"),
 )
+OF_THE_LAUNCH = ("--accelerate_config", "--num_processes")
 _SECTIONS = (_OURS, *dict.fromkeys(_BY_CLASS.values()), *_BY_LIBRARY.values())
 
 
@@ -64,6 +65,14 @@ class OptionParser(TrlParser):
         except (OSError, ValueError, YAMLError) as error:
             self.error(str(error))
 
+    def check(self, args: list[str]) -> None:
+        """Options by name and kind, without making the configurations; one that is wrong ends the program."""
+        given = [part for arg in args for part in _config_and_file(arg)]
+        if "--config" in given:
+            place = given.index("--config")
+            given = given[:place] + given[place + 2 :]
+        self.parse_known_args(given)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Called by the above: nothing unknown is let through, to be refused after the configurations are made."""
         namespace, unknown = super().parse_known_args(args, namespace)
@@ -83,6 +92,8 @@ class OptionParser(TrlParser):
         name = next((word for word in unknown if word.startswith("--")), unknown[0]).split("=")[0]
         nearest = get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
         hint = f"Did you mean `{nearest[0]}`?" if nearest else "`--help` lists the options."
+        if name in OF_THE_LAUNCH:
+            hint = "It says how a command is launched: give it to `trl-diffusion` on the command line."
         self.error(f"`{name}`{where} is not an option. {hint}")
 
     def error(self, message: str) -> NoReturn:

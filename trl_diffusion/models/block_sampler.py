@@ -86,8 +86,10 @@ class _Filling:
         steps = max(1, part * arguments.num_steps // arguments.max_new_tokens)
         for start in range(first, last, part):
             end = min(start + part, last)
-            for count in reveal_counts(part, steps):
-                if bool((self.text[start:end] == self.tokens.mask).any()):
+            gaps = int((self.text[start:end] == self.tokens.mask).sum())
+            drawn = gaps if arguments.remasking == "ancestral" else part
+            for count in reveal_counts(drawn, steps, arguments.remasking, self.generator):
+                if count and bool((self.text[start:end] == self.tokens.mask).any()):
                     self._keep(start, end, count)
 
     def _keep(self, start: int, end: int, count: int) -> None:
@@ -96,10 +98,11 @@ class _Filling:
         logits = self._logits(places)
         everywhere = torch.arange(len(places), device=places.device)
         predicted, confidence = predict(logits, everywhere, self.generator, self.arguments, self.tokens)
-        if self.arguments.remasking == "random":
+        if self.arguments.is_ordered_by_chance:
             confidence = torch.rand(len(places), generator=self.generator, device=places.device)
         threshold = self.arguments.confidence_threshold
-        kept = surest(confidence, count, None if threshold == 1 else threshold)  # 1 turns that of the family off
+        # 1 turns that of the family off
+        kept = surest(confidence.unsqueeze(0), [count], None if threshold == 1 else threshold)[0]
         self.text[places[kept]] = predicted[kept]
 
     def _logits(self, places: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class History:
     states: tuple[torch.Tensor, ...] = ()
 
 
-class _Layers(Cache):
+class Layers(Cache):
     """What layers of transformers ask for: theirs come after those of the history, and are kept when text is read."""
 
     def __init__(self, history: History, keeps: bool):
@@ -76,7 +76,7 @@ def read(
         `(C, H)` last hidden states, and the history of both texts.
     """
     before = history or History(numbers[:0])
-    layers = _Layers(before, keeps=True)
+    layers = Layers(before, keeps=True)
     mask = torch.cat([_seen(numbers, before.numbers), numbers.unsqueeze(1) >= numbers], dim=1)
     hidden = _run(model, ids.unsqueeze(0), mask, len(before.numbers), layers)[0]
     if not layers.kept:
@@ -107,7 +107,7 @@ def denoise(
         `(k, N, H)` last hidden states.
     """
     mask = torch.cat([_seen(numbers, history.numbers), numbers.unsqueeze(1) == numbers], dim=1)
-    return _run(model, noised, mask, first, _Layers(history, keeps=False))
+    return _run(model, noised, mask, first, Layers(history, keeps=False))
 
 
 def doubled(
@@ -162,16 +162,36 @@ def _seen(numbers: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
     return numbers.unsqueeze(1) > clean
 
 
-def _run(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, first: int, layers: _Layers) -> torch.Tensor:
+def _run(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, first: int, layers: Layers) -> torch.Tensor:
     positions = torch.arange(first, first + ids.shape[1], device=ids.device).unsqueeze(0)
+    return run_on(layers, model, ids, mask, positions)
+
+
+def run_on(
+    layers: Layers, model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """
+    `(B, N, H)` last hidden states of tokens behind keys and values that were kept before, and are kept now if `layers`
+    says so.
+
+    Args:
+        layers: what was kept.
+        model: whose backbone takes it.
+        ids: `(B, N)` tokens.
+        mask: `(N, C + N)` or `(B, N, C + N)` bool, which of all each sees; N may be 1 for all that see the same.
+        positions: `(1, N)` or `(B, N)`.
+
+    Raises:
+        ValueError: the attention takes no mask.
+    """
     inputs = {"attention_mask": _as_asked(mask, model), "position_ids": positions}
-    inputs[_name_of_cache(model.base_model.__class__)] = layers
+    inputs[name_of_cache(model.base_model.__class__)] = layers
     with _layers_take_a_history(model):
         return hidden_states(model, ids, **inputs)
 
 
 @lru_cache
-def _name_of_cache(backbone: Any) -> str:
+def name_of_cache(backbone: Any) -> str:
     """The argument of a class of backbones that takes a history; transformers called it otherwise before 5.24."""
     return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
 
@@ -181,7 +201,7 @@ def _as_asked(mask: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     kind = model.config._attn_implementation
     if kind not in ("sdpa", "eager"):
         raise ValueError(
-            f"`attn_implementation={kind!r}` cannot show a noised block the clean ones before it. Load the model with "
+            f"`attn_implementation={kind!r}` cannot be told what a block sees. Load the model with "
             "`attn_implementation='sdpa'`."
         )
     if kind == "eager":  # which adds

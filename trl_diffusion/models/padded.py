@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from .sampler import logits_at
+from .row_logits import logits_at
 from .trying import close, evaluating
 
 _ROW, _PADDING = 6, 3  # tokens

@@ -9,9 +9,16 @@ from .sampler_arguments import SamplerArguments, Tokens
 _LAST = 1e4  # nats below every log-probability of a token that is predicted
 
 
-def reveal_counts(block_size: int, steps: int) -> list[int]:
-    """Tokens to reveal at each step of a block: as even as possible, the larger counts first."""
-    base, extra = divmod(block_size, steps)
+def reveal_counts(size: int, steps: int, remasking: str, generator: torch.Generator | None) -> list[int]:
+    """
+    Tokens to reveal at each step of a block: as even as possible, the larger counts first. In ancestral sampling each
+    token has a time of its own, which is uniform over the steps where the level of masking falls evenly: many steps
+    reveal nothing, and cost nothing, since the prediction does not depend on the time (RADD, arXiv 2406.03736).
+    """
+    if remasking == "ancestral":
+        times = torch.randint(steps, (size,), generator=generator, device=generator.device if generator else None)
+        return times.bincount(minlength=steps).tolist()
+    base, extra = divmod(size, steps)
     return [base + (step < extra) for step in range(steps)]
 
 
@@ -49,10 +56,12 @@ def _confidence(logits: torch.Tensor, predicted: torch.Tensor, remasking: str) -
     return logits.gather(-1, predicted.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
 
 
-def surest(confidence: torch.Tensor, count: int, threshold: float | None) -> torch.Tensor:
-    """`(..., n)` bool: the `count` surest of some places, and those of at least the probability `threshold`."""
-    count = min(count, confidence.shape[-1])
-    kept = torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, confidence.topk(count).indices, True)
+def surest(confidence: torch.Tensor, counts: list[int], threshold: float | None) -> torch.Tensor:
+    """`(B, n)` bool: the surest of each row's places, as many as it counts, and those of at least a probability."""
+    most = min(max(counts), confidence.shape[-1])
+    numbers = torch.tensor(counts, device=confidence.device).unsqueeze(-1)
+    is_counted = torch.arange(most, device=confidence.device) < numbers
+    kept = torch.zeros_like(confidence, dtype=torch.bool).scatter(-1, confidence.topk(most).indices, is_counted)
     return kept if threshold is None else kept | (confidence >= math.log(threshold))
 
 

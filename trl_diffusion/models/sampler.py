@@ -10,7 +10,6 @@ The sampler asks a model for logits, its family for where they stand, and a toke
 block there is one copy; what is computed of them is computed of some positions at a time.
 """
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +18,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..estimators.hashing import hash_rows
 from .block_sampler import generate_blocks
+from .canvas_logits import CanvasLogits
 from .families import family_of
 from .family import Blocks
-from .positions import counts_from_the_left
 from .predictions import is_end, predict, reveal_counts, surest
 from .sampler_arguments import SamplerArguments, Tokens, read_arguments
 from .trying import evaluating
@@ -144,59 +143,30 @@ def _denoise(model, prompts, attention_mask, arguments, tokens):
     sequences = torch.cat([prompts, canvas], dim=1)
     attention_mask = torch.cat([attention_mask, torch.ones_like(canvas)], dim=1)
     generators = _row_generators(prompts, attention_mask[:, :prompt_length], arguments)
+    ask = CanvasLogits(model, attention_mask, prompt_length, arguments, tokens)
     num_blocks = arguments.max_new_tokens // size
-    counts = reveal_counts(size, arguments.num_steps // num_blocks)
-    running = torch.arange(prompts.shape[0], device=prompts.device)
-    for block in range(num_blocks):
-        start = prompt_length + block * size
-        for count in counts:
-            # With a threshold a row may be ahead of others; all that run have a gap otherwise
-            active = running[(sequences[running, start : start + size] == tokens.mask).any(1)]
-            if len(active) == 0:
-                break
+    steps = arguments.num_steps // num_blocks
+    running = list(range(len(prompts)))
+    for start in range(prompt_length, sequences.shape[1], size):
+        counts = {row: reveal_counts(size, steps, arguments.remasking, generators[row]) for row in running}
+        for step in range(steps):
+            # With a threshold a row may be ahead of others, and where times are drawn it may reveal nothing now
+            has_gaps = (sequences[:, start : start + size] == tokens.mask).any(1).tolist()
+            active = [row for row in running if has_gaps[row] and counts[row][step]]
+            if not active:
+                continue
             rows = sequences[active]
-            block_span = (start, start + size)
-            logits = _block_logits(model, rows, attention_mask[active], prompt_length, block_span, arguments, tokens)
-            sources = [generators[i] for i in active.tolist()]
-            sequences[active] = _reveal(rows, logits, start, count, sources, arguments, tokens)
+            logits = ask(rows, active, (start, start + size))
+            now, sources = [counts[row][step] for row in active], [generators[row] for row in active]
+            sequences[active] = _reveal(rows, logits, start, now, sources, arguments, tokens)
             del logits  # not there during the next forward
-            running = running[~_finished(sequences[running], prompt_length, tokens)]
+            finished = _finished(sequences, prompt_length, tokens).tolist()
+            running = [row for row in running if not finished[row]]
     return _pad_after_end(sequences, prompt_length, tokens)
 
 
-def _block_logits(model, rows, attention_mask, prompt_length, block, arguments, tokens):
-    """`(B, block, V)` logits, guided by the prompt if `cfg_scale` is set."""
-    keep = family_of(model.config).predicting(torch.arange(*block, device=rows.device))
-    conditional = logits_at(model, rows, attention_mask, keep)
-    if arguments.cfg_scale == 0:
-        return conditional
-    prompt_masked = rows.clone()
-    prompt_masked[:, :prompt_length] = tokens.mask
-    unconditional = logits_at(model, prompt_masked, attention_mask, keep).float()
-    return conditional.float().sub_(unconditional).mul_(arguments.cfg_scale + 1).add_(unconditional)
-
-
-def logits_at(model: Any, rows: torch.Tensor, attention_mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """`(B, n, V)` logits at the positions `keep` `(n,)` of rows that may be padded on the left."""
-    padding = (attention_mask == 0).sum(1)
-    if not counts_from_the_left(model) or not bool(padding.any()):
-        return _forward(model, rows, attention_mask, keep)
-    found: dict[int, torch.Tensor] = {}
-    for size in padding.unique().tolist():  # rows of one length at a time, without padding
-        together = (padding == size).nonzero().squeeze(1)
-        logits = _forward(model, rows[together, size:], attention_mask[together, size:], (keep - size).clamp(min=0))
-        found.update(zip(together.tolist(), logits, strict=True))
-    return torch.stack([found[row] for row in range(len(rows))])
-
-
-def _forward(model, rows, attention_mask, keep):
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=rows, attention_mask=attention_mask, logits_to_keep=keep).logits
-    return model(input_ids=rows, attention_mask=attention_mask).logits[:, keep]
-
-
-def _reveal(rows, logits, start, count, generators, arguments, tokens):
-    """Fill `count` masked positions of the block in every row."""
+def _reveal(rows, logits, start, counts, generators, arguments, tokens):
+    """Fill as many masked positions of the block in every row as its count says."""
     block = rows[:, start : start + logits.shape[1]]
     masked = block == tokens.mask
     predicted, confidence = block.clone(), torch.full(block.shape, -torch.inf, device=rows.device)
@@ -204,9 +174,9 @@ def _reveal(rows, logits, start, count, generators, arguments, tokens):
         places = masked[row].nonzero().squeeze(1)
         for some in places.split(max(1, LOGITS_TILE // logits.shape[-1])):
             predicted[row, some], confidence[row, some] = predict(logits[row], some, generator, arguments, tokens)
-        if arguments.remasking == "random":
+        if arguments.is_ordered_by_chance:
             confidence[row, places] = torch.rand(len(places), generator=generator, device=rows.device)
-    chosen = surest(confidence, count, arguments.confidence_threshold) & masked
+    chosen = surest(confidence, counts, arguments.confidence_threshold) & masked
     rows[:, start : start + logits.shape[1]] = torch.where(chosen, predicted, block)
     return rows
 
@@ -227,7 +197,7 @@ def _pad_after_end(sequences, prompt_length, tokens):
 
 def _row_generators(prompts, attention_mask, arguments):
     """One generator a row, seeded by the seed, the row's own prompt and how often that prompt came before it."""
-    if arguments.temperature == 0 and arguments.remasking != "random":
+    if arguments.temperature == 0 and not arguments.is_ordered_by_chance:
         return [None] * len(prompts)  # no noise: leave torch's global generator alone
     seed = arguments.seed if arguments.seed is not None else int(torch.randint(2**62, ()))
     seen: dict[int, int] = {}

@@ -14,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedConfig
 from .families import family_of
 from .family import Blocks, Family
 
-REMASKING = ("low_confidence", "topk_margin", "entropy", "random")
+REMASKING = ("low_confidence", "topk_margin", "entropy", "random", "ancestral")
+BLOCK_CACHES = ("prefix", "dual")
 _DEFAULT_MAX_NEW_TOKENS = 128
 # Arguments of autoregressive decoding that change nothing here: with any value, and with the value that is off
-_HARMLESS = {"use_cache", "cache_implementation", "max_length", "transformers_version"}
+_HARMLESS = {"use_cache", "cache_implementation", "max_length", "transformers_version", "tokenizer"}
 _OFF = GenerationConfig._get_default_generation_params() | {"top_k": 0}
 _TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id"}
 
@@ -30,16 +31,23 @@ class SamplerArguments:
 
     Args:
         max_new_tokens: length of the response canvas, in tokens.
-        steps: denoising steps in all. Defaults to `max_new_tokens`, one token a step.
+        steps: denoising steps in all. Defaults to `max_new_tokens`, one token a step, and may be more only where
+            `remasking="ancestral"`.
         block_length: length of the blocks that are filled left to right. Defaults to `max_new_tokens`, one block. Block
             diffusion models have blocks of their own.
         remasking: which predictions a step keeps: `"low_confidence"` those with the highest probability,
             `"topk_margin"` with the largest distance from the second most probable token, `"entropy"` with the least
-            entropy (both as in Dream, arXiv 2508.15487), `"random"` any.
+            entropy (both as in Dream, arXiv 2508.15487), `"random"` any. `"ancestral"` draws how many as well: each
+            token has a step of its own, and one that reveals nothing costs no forward (RADD, arXiv 2406.03736).
         confidence_threshold: keep every prediction of the block with at least this probability, and always the most
             probable, instead of a fixed number in each step (Fast-dLLM, arXiv 2505.22618): as many steps as it takes.
             None is off. A block diffusion model keeps them besides those that `steps` asks for, and has a threshold of
             its own, which 1 turns off.
+        block_cache: an approximation (Fast-dLLM): keys and values of what is outside of the block are computed when the
+            block begins, and the other steps run the block and what follows it (`"prefix"`), or the block alone
+            (`"dual"`). None is off. The cache of block diffusion models is exact, and always there.
+        cache_refresh: steps of a block after which what `block_cache` keeps is computed anew; 1 is every step, which is
+            exact. By default only when a block begins.
         logits_eos_inf: never predict the end of text, the first of `eos_token_id`, as LLaDA does for code.
         confidence_eos_eot_inf: keep predictions of a token of `eos_token_id` only where no other is left in the block,
             as LLaDA does for long answers. Give the end of turn too: `eos_token_id=[126081, 126348]` for LLaDA.
@@ -58,6 +66,8 @@ class SamplerArguments:
     block_length: int | None = None
     remasking: str = "low_confidence"
     confidence_threshold: float | None = None
+    block_cache: str | None = None
+    cache_refresh: int | None = None
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     temperature: float = 0.0
@@ -74,8 +84,12 @@ class SamplerArguments:
     def block_size(self) -> int:
         return self.max_new_tokens if self.block_length is None else self.block_length
 
+    @property
+    def is_ordered_by_chance(self) -> bool:
+        return self.remasking in ("random", "ancestral")
+
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "block_length", "seed", "num_return_sequences"):
+        for name in ("max_new_tokens", "steps", "block_length", "cache_refresh", "seed", "num_return_sequences"):
             if not isinstance(getattr(self, name), int | None):
                 raise ValueError(f"`{name}` must be a whole number, got {getattr(self, name)!r}.")
         if self.max_new_tokens < 1:
@@ -86,15 +100,11 @@ class SamplerArguments:
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"`seed` must fit in 64 bits, got {self.seed}.")
-        num_blocks = self.max_new_tokens // self.block_size
-        if self.num_steps % num_blocks or not num_blocks <= self.num_steps <= self.max_new_tokens:
-            raise ValueError(
-                f"`steps` must be a multiple of the number of blocks ({num_blocks}) and at most `max_new_tokens` "
-                f"({self.max_new_tokens}), got {self.num_steps}."
-            )
         if self.remasking not in REMASKING:
             raise ValueError(f"`remasking` must be one of {REMASKING}, got {self.remasking!r}.")
+        self._check_steps()
         self._check_switches()
+        self._check_cache()
         for name in ("temperature", "cfg_scale"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -102,13 +112,37 @@ class SamplerArguments:
         if self.num_return_sequences < 1:
             raise ValueError(f"`num_return_sequences` must be at least 1, got {self.num_return_sequences}.")
 
+    def _check_steps(self) -> None:
+        num_blocks = self.max_new_tokens // self.block_size
+        is_too_many = self.num_steps > self.max_new_tokens and self.remasking != "ancestral"
+        if self.num_steps % num_blocks or self.num_steps < num_blocks or is_too_many:
+            raise ValueError(
+                f"`steps` must be a multiple of the number of blocks ({num_blocks}) and at most `max_new_tokens` "
+                f"({self.max_new_tokens}), but for `remasking='ancestral'`, got {self.num_steps}."
+            )
+
+    def _check_cache(self) -> None:
+        if self.block_cache is not None and self.block_cache not in BLOCK_CACHES:
+            raise ValueError(f"`block_cache` must be None or one of {BLOCK_CACHES}, got {self.block_cache!r}.")
+        if self.cache_refresh is None:
+            return
+        if self.block_cache is None:
+            raise ValueError(
+                f"`cache_refresh={self.cache_refresh}` is for `block_cache`, which is off: set it to one of "
+                f"{BLOCK_CACHES}, or leave `cache_refresh` out."
+            )
+        if self.cache_refresh < 1:
+            raise ValueError(f"`cache_refresh` must be at least 1 step, got {self.cache_refresh}.")
+
     def _check_switches(self) -> None:
         """Those of single papers, which do not all go together."""
         for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if self.confidence_eos_eot_inf and self.remasking == "random":
-            raise ValueError("`confidence_eos_eot_inf=True` orders by confidence, and `remasking='random'` does not.")
+        if self.confidence_eos_eot_inf and self.is_ordered_by_chance:
+            raise ValueError(
+                f"`confidence_eos_eot_inf=True` orders by confidence, and `remasking={self.remasking!r}` does not."
+            )
         threshold = self.confidence_threshold
         if threshold is not None and (not isinstance(threshold, int | float) or not 0 < threshold <= 1):
             raise ValueError(f"`confidence_threshold` must be None or above 0 and at most 1, got {threshold!r}.")
@@ -183,6 +217,11 @@ def _check_family(arguments: SamplerArguments, family: Family, config: PreTraine
         raise ValueError(
             f"`cfg_scale={arguments.cfg_scale}` is not there for block diffusion models such as {family.name}. Leave "
             "it out."
+        )
+    if arguments.block_cache is not None:
+        raise ValueError(
+            f"`block_cache={arguments.block_cache!r}` is an approximation for models that see the whole canvas. Leave "
+            f"it out: {family.name} is a block diffusion model, whose cache is exact and always there."
         )
     if arguments.block_length not in (None, size):
         raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -101,13 +102,15 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         normed = self.ff_norm(hidden_states)
         return hidden_states + self.ff_out(self.act(self.ff_proj(normed)) * self.up_proj(normed))
 
-    def _attention(self, hidden_states, attention_mask, rotation, **kwargs):
+    def _attention(self, hidden_states, attention_mask, rotation, past_key_values=None, **kwargs):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         normed = self.attn_norm(hidden_states)
         query, key, value = (
             projection(normed).view(heads).transpose(1, 2) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = rotation.turn(query, key)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(
             self,
@@ -174,6 +177,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
         """
@@ -181,6 +185,8 @@ class LLaDAModel(LLaDAPreTrainedModel):
             input_ids: `(B, L)` token ids. Exactly one of `input_ids` and `inputs_embeds` `(B, L, d_model)`.
             attention_mask: `(B, L)`, one at real tokens, or a mask of shape `(B, 1, L, L)`.
             position_ids: `(B, L)`. By default real tokens count from zero, so that left padding changes nothing.
+            past_key_values: keys and values of other tokens. `attention_mask` has to be of four dimensions, and say of
+                them too, and `position_ids` be given.
 
         Returns:
             `last_hidden_state` `(B, L, d_model)`, after the final norm and before the output head.
@@ -200,7 +206,9 @@ class LLaDAModel(LLaDAPreTrainedModel):
         mask = self._attention_bias(hidden_states, attention_mask)
         turns = rotation(self.config, position_ids)
         for block in self.transformer["blocks"]:
-            hidden_states = block(hidden_states, attention_mask=mask, rotation=turns, **kwargs)
+            hidden_states = block(
+                hidden_states, attention_mask=mask, rotation=turns, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutput(last_hidden_state=self.transformer["ln_f"](hidden_states))
 
     def _attention_bias(self, hidden_states, attention_mask):
