@@ -26,8 +26,16 @@ def make_bert():
     return model
 
 
+def make_eager():
+    """Whose masks are added to scores."""
+    model = make_model()
+    model.set_attn_implementation("eager")
+    return model
+
+
 MODELS = {
     "LLaDA": make_model,
+    "LLaDA, eager": make_eager,
     "Dream": FOLDERS["Dream"].model,
     "A2D-Qwen3": FOLDERS["A2D-Qwen3"].model,
     "BERT": make_bert,
