@@ -1,5 +1,5 @@
 """
-What the sampler's settings cost and change, counted in forwards and tokens: the tables of docs/generation.md.
+What the sampler's settings cost and change, counted in forwards and tokens, see docs/generation.md.
 
     python benchmarks/sampling.py
 
