@@ -91,8 +91,8 @@ def decoder_logits(tensors, input_ids, real=None, *, theta, eps, yarn=None, rena
     return norm(x, "model.norm.weight") @ head.T
 
 
-def frequencies(theta, yarn=None):
-    plain = torch.tensor([theta ** (-2 * i / HEAD_DIM) for i in range(HEAD_DIM // 2)])
+def frequencies(theta, yarn=None, size=HEAD_DIM):
+    plain = torch.tensor([theta ** (-2 * i / size) for i in range(size // 2)])
     if yarn is None:
         return plain
 
@@ -107,8 +107,8 @@ def frequencies(theta, yarn=None):
 
 
 def turn(x, theta, yarn=None):
-    """Turn the pair (i, i + HEAD_DIM / 2) of each head `(B, heads, L, HEAD_DIM)` by position times frequency i."""
-    angles = torch.arange(x.shape[2])[:, None] * frequencies(theta, yarn)
+    """Turn the pair (i, i + D / 2) of each head `(B, heads, L, D)` by position times frequency i."""
+    angles = torch.arange(x.shape[2])[:, None] * frequencies(theta, yarn, x.shape[-1])
     first, second = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

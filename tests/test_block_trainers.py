@@ -35,9 +35,13 @@ def models(name="SDAR"):
     return policy, reference
 
 
-@pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["", "as users run it"])
-@pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("name", ["SDAR", "Fast-dLLM v2"])
+USERS = {"bf16": True, "gradient_checkpointing": True}
+STARTS = [("SDAR", "adapter off", {}), ("Fast-dLLM v2", "a copy", {})]
+STARTS += [("LLaDA2", "adapter off", USERS)]
+STARTS += [(name, reference, USERS) for name in ("SDAR", "Fast-dLLM v2") for reference in REFERENCES]
+
+
+@pytest.mark.parametrize(("name", "reference", "options"), STARTS, ids=str)
 def test_a_policy_starts_at_its_reference(name, reference, options, tmp_path):
     """Exactly, whichever way the reference is had; and leaves it with the first step."""
     trainer = make_trainer(tmp_path, FOLDERS[name].model(), max_steps=2, **REFERENCES[reference], **options)
@@ -114,7 +118,7 @@ def test_a_step_needs_what_is_estimated(mode, layers, response):
     config = SDARConfig(**sizes, bos_token_id=1, eos_token_id=0, pad_token_id=0)
     torch.manual_seed(0)
     model = get_peft_model(SDARForCausalLM(config), LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
-    options = {"num_responses": 2, "num_mc_samples": 3, "draws_per_forward": 1, "elbo_gradient": mode, "bf16": False}
+    options = {"num_responses": 2, "num_mc_samples": 2, "draws_per_forward": 1, "elbo_gradient": mode, "bf16": False}
     estimate = estimate_memory(
         model,
         max_length=96,

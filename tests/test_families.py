@@ -17,6 +17,7 @@ from encoders import make_encoder
 from test_decoders import FOLDERS
 from test_generation import PROMPTS, naive_response
 from test_head import gradients, make_batch, scored
+from test_lfm2 import make_lfm2
 from transformers import (
     BertModel,
     CohereConfig,
@@ -102,6 +103,7 @@ ROWS = {
         for name, folder in FOLDERS.items()
     },
     "blocks": Row(make_llama, Family(name="blocks", model_types=("llama",), attention=Blocks(3)), block=3),
+    "LFM2.5": Row(make_lfm2),
     "soft cap": Row(
         make_capped, Family(name="cap", model_types=("gemma2",), head=Head(soft_cap="final_logit_softcapping"))
     ),
@@ -275,7 +277,7 @@ def test_a_family_is_a_function_of_the_whole_configuration(config, name):
     ("config", "message"),
     [
         (SimpleNamespace(model_type="sdar_moe"), "SDAR-MoE.*no class for its layers, which have experts"),
-        (SimpleNamespace(model_type="llada2_moe"), "LLaDA2.*no class for its layers, whose experts"),
+        (SimpleNamespace(model_type="llada2_moe", split_token_id=9), "LLaDA2.2.*deletes and inserts tokens"),
         (
             SimpleNamespace(model_type="nemotron_labs_diffusion", dlm_paradigm="block_diff"),
             "Nemotron.*clean text is seen token by token",

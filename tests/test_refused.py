@@ -30,7 +30,7 @@ REFUSED = {
     "editflow-modernbert": f"Edit Flows .*{EDITS}",
     "editflow-qwen3": f"Edit Flows .*{EDITS}",
     "bd3lm": "BD3-LM ",
-    "llada2_moe": "LLaDA2 ",
+    "llada21_moe": "LLaDA2.1 under another name .*`model_type` is 'llada2_moe', and with that",
 }
 
 
@@ -39,9 +39,9 @@ def model_type(request):
     return request.param
 
 
-def write(path, model_type):
+def write(path, model_type, **entries):
     """As published: with remote code, which must not be run."""
-    entries = {"model_type": model_type, "block_size": 16, "architectures": ["Theirs"]}
+    entries = {"model_type": model_type, "block_size": 16, "architectures": ["Theirs"], **entries}
     entries["auto_map"] = {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}
     (path / "config.json").write_text(json.dumps(entries))
     (path / "theirs.py").write_text(f"open({str(path / 'was_run')!r}, 'w')\n")
@@ -59,6 +59,14 @@ def test_by_path(model_type, trusts, tmp_path):
     path = write(tmp_path, model_type)
     with pytest.raises(ValueError, match=f"This is {REFUSED[model_type]}"):
         train(str(path), tmp_path / "out", trust_remote_code=trusts)
+    assert not (path / "was_run").exists()
+
+
+def test_llada_2_2_is_told_by_the_rest_of_its_configuration(tmp_path):
+    """It has the `model_type` of LLaDA2.0 and 2.1, whose class would load it."""
+    path = write(tmp_path, "llada2_moe", delete_token_id=156930, split_token_id=156931)
+    with pytest.raises(ValueError, match="This is LLaDA2.2 .*deletes and inserts tokens"):
+        train(str(path), tmp_path / "out")
     assert not (path / "was_run").exists()
 
 

@@ -68,6 +68,7 @@ class Unimported(ModuleType):
 # What the models room exports, by `model_type`
 _CONFIGURATIONS = {
     "llada": "LLaDAConfig",
+    "llada2_moe": "LLaDA2MoeConfig",
     "illada": "ILLaDAConfig",
     "Dream": "DreamConfig",
     "a2d-qwen2": "A2DQwen2Config",

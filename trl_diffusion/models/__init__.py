@@ -23,7 +23,9 @@ from .decoders.configuration import (
     LLaDAMoEConfig,
     SDARConfig,
 )
+from .decoders.configuration_llada2 import LLaDA2MoeConfig
 from .decoders.family import DECODERS
+from .decoders.lfm2 import Lfm2BidirectionalForMaskedLM
 from .decoders.nemotron import NemotronLabsDiffusionConfig
 from .llada.configuration_llada import LLaDAConfig
 from .llada.family import LLADA
@@ -56,10 +58,12 @@ __all__ = [
     "DreamConfig",
     "FastDLLMQwenConfig",
     "ILLaDAConfig",
+    "LLaDA2MoeConfig",
     "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAModel",
     "LLaDAModelLM",
+    "Lfm2BidirectionalForMaskedLM",
     "NemotronLabsDiffusionConfig",
     "SDARConfig",
     "StableDiffcoderForCausalLM",

@@ -20,10 +20,21 @@ from .llada.family import LLADA
 FAMILIES: list[Family] = [
     LLADA,
     Family(
-        name="LLaDA2",
-        model_types=("llada2_moe", "llada21_moe"),
+        name="LLaDA2.2",
+        model_types=("llada2_moe",),
+        only_if=lambda config: (
+            any(hasattr(config, f"{edit}_token_id") for edit in ("delete", "split"))
+            or getattr(config, "max_position_embeddings", 0) > 32768
+        ),
         attention=Blocks(32),
-        unscored="there is no class for its layers, whose experts are chosen in groups",
+        unscored="it deletes and inserts tokens, of which this likelihood knows nothing, and a block's tokens choose "
+        "their experts together",
+    ),
+    Family(
+        name="LLaDA2.1 under another name",
+        model_types=("llada21_moe",),
+        attention=Blocks(32),
+        unscored="its published `model_type` is 'llada2_moe', and with that in its config.json it can be",
     ),
     Family(
         name="SDAR-MoE",

@@ -99,9 +99,10 @@ def tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def equal_blocks(model: torch.nn.Module) -> torch.nn.ModuleList | None:
-    """The list of the model's layers, if each is made like the others; the largest such list, or none."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({*map(_make, m)}) == 1]
-    return max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
+    """The list of the model's layers, the largest that it has, if all behind the first are made alike; or none."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
+    return layers if layers is not None and len({*map(_make, list(layers)[1:])}) <= 1 else None
 
 
 def _make(block: torch.nn.Module) -> tuple[Any, ...]:

@@ -1,5 +1,5 @@
 """
-Causal decoders of transformers that predict masked tokens from both sides: iLLaDA, Dream, and converted Qwen and Llama.
+Decoders, and what was made of them, that predict masked tokens: from both sides, or block by block.
 
 Knows which class of transformers computes each, and what its published configuration may not ask for. Does not know
 masks, ELBOs or training.

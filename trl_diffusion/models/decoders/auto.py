@@ -14,6 +14,7 @@ from .configuration import (
     LLaDAMoEConfig,
     SDARConfig,
 )
+from .configuration_llada2 import LLaDA2MoeConfig
 from .experts import LLaDAMoEModelLM
 from .modeling import (
     A2DLlamaLMHeadModel,
@@ -23,6 +24,7 @@ from .modeling import (
     DreamTokenizer,
     ILLaDAForCausalLM,
 )
+from .modeling_llada2 import LLaDA2MoeModelLM
 from .nemotron import NemotronLabsDiffusionConfig, NemotronLabsDiffusionModel
 
 CLASSES = {
@@ -32,6 +34,7 @@ CLASSES = {
     A2DQwen3Config: A2DQwen3LMHeadModel,
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     LLaDAMoEConfig: LLaDAMoEModelLM,
+    LLaDA2MoeConfig: LLaDA2MoeModelLM,
     NemotronLabsDiffusionConfig: NemotronLabsDiffusionModel,
     SDARConfig: SDARForCausalLM,
     DreamReasonerConfig: DreamReasonerForCausalLM,

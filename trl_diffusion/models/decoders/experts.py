@@ -1,5 +1,5 @@
 """
-LLaDA-MoE: the layers of Qwen3, with experts in the place of the feed-forward layer.
+LLaDA-MoE: the layers of Qwen3, with experts in the place of the feed-forward layer. How experts answer is LLaDA2's too.
 
 transformers keeps the experts of a layer in two tensors. Here each is a module of its own, as in the published code:
 its `nn.Linear` layers can be quantised by bitsandbytes and adapted by PEFT under their published names, and tensors are
@@ -24,9 +24,7 @@ class SparseMLP(nn.Module):
     """
     Experts, of which each token is given to those that the router finds likeliest, and answered with their sum.
 
-    It is weighed with their probabilities as they are, which are not made to sum to one (`norm_topk_prob=False`). What
-    a token is answered does not depend on the others. Nothing is added in an order that is left to the device, so that
-    a policy that is its reference is routed and scored as that is, bit for bit.
+    It is weighed with their probabilities as they are, which are not made to sum to one (`norm_topk_prob=False`).
     """
 
     def __init__(self, config: Any):
@@ -38,18 +36,37 @@ class SparseMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, -2)
         _, weights, chosen = self.gate(tokens)
-        order = chosen.flatten().argsort(stable=True)
-        answers = self._answers(tokens[order // chosen.shape[1]], chosen.flatten()[order])
-        answers = answers[order.argsort()].unflatten(0, chosen.shape)
-        return torch.einsum("tk,tkh->th", weights.to(answers.dtype), answers).view(hidden_states.shape)
+        return weighed_answers(self.experts, tokens, weights, chosen).view(hidden_states.shape)
 
-    def _answers(self, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """Of each row, that of its expert. All are asked, if for nothing: processes wait for each other's weights."""
-        starts = torch.searchsorted(experts, torch.arange(len(self.experts), device=experts.device)).tolist()
-        # The last is not counted, so that without numbers all rows are its own
-        sizes = [end - start for start, end in pairwise([*starts, len(rows)])]
-        parts = zip(self.experts, rows.split(sizes), strict=True)
-        return torch.cat([expert(part) for expert, part in parts])
+
+def weighed_answers(
+    experts: nn.ModuleList, tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
+) -> torch.Tensor:
+    """
+    `(T, H)` sums of what each token's experts answer.
+
+    What a token is answered does not depend on the others. Nothing is added in an order that is left to the device, so
+    that a policy that is its reference is scored as that is, bit for bit.
+
+    Args:
+        experts: feed-forward layers.
+        tokens: `(T, H)`.
+        weights: `(T, k)` of each answer.
+        chosen: `(T, k)` int64, which experts a token is given to.
+    """
+    order = chosen.flatten().argsort(stable=True)
+    answers = _answers(experts, tokens[order // chosen.shape[-1]], chosen.flatten()[order])
+    answers = answers[order.argsort()].unflatten(0, chosen.shape)
+    return torch.einsum("tk,tkh->th", weights.to(answers.dtype), answers)
+
+
+def _answers(experts: nn.ModuleList, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Of each row, that of its expert. All are asked, if for nothing: processes wait for each other's weights."""
+    starts = torch.searchsorted(numbers, torch.arange(len(experts), device=numbers.device)).tolist()
+    # The last is not counted, so that without numbers all rows are its own
+    sizes = [end - start for start, end in pairwise([*starts, len(rows)])]
+    parts = zip(experts, rows.split(sizes), strict=True)
+    return torch.cat([expert(part) for expert, part in parts])
 
 
 class LLaDAMoEModelLM(InPlaceMixin, Qwen3ForCausalLM):

@@ -88,6 +88,25 @@ DECODERS = [
         attention=Blocks(4),
         unquantized=("lm_head",),
     ),
+    Family(
+        name="LLaDA2",
+        model_types=("llada2_moe",),
+        auto_class="AutoModelForCausalLM",
+        attention=Blocks(32, "block_size"),
+        end_of_turn=("<|role_end|>",),
+        # Experts are adapted where that is asked for: .*\.(query_key_value|dense|experts\.\d+\.\w+_proj)
+        lora_target_modules=r".*\.attention\.(query_key_value|dense)",
+        unquantized=("lm_head",),
+        sampling=(("confidence_threshold", 0.95),),
+    ),
+    Family(
+        name="LFM2.5-Encoder-Diffusion",
+        model_types=("lfm2",),
+        only_if=lambda config: "Lfm2BidirectionalForMaskedLM" in (getattr(config, "architectures", None) or ()),
+        auto_class="Lfm2BidirectionalForMaskedLM",
+        mask_token_id=16,
+        unquantized=("lm_head",),
+    ),
     # Converted by a user: what is to be known of it is its soft cap
     Family(
         name="bidirectional Gemma", model_types=("gemma2", "gemma3_text"), head=Head(soft_cap="final_logit_softcapping")

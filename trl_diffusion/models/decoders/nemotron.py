@@ -9,15 +9,12 @@ sequence and divides the cross entropy by the level of masking: an ELBO as LLaDA
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GenerationMixin, Ministral3Config, Ministral3Model, Ministral3PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput
-from transformers.utils import can_return_tuple
 
 from .configuration import BidirectionalConfig
-from .modeling import InPlaceMixin
+from .published_names import HeadBesideMixin
 
 
 @strict
@@ -48,14 +45,14 @@ class NemotronLabsDiffusionConfig(BidirectionalConfig, Ministral3Config):
             )
 
 
-class NemotronLabsDiffusionModel(InPlaceMixin, Ministral3PreTrainedModel, GenerationMixin):
+class NemotronLabsDiffusionModel(HeadBesideMixin, Ministral3PreTrainedModel, GenerationMixin):
     """Nemotron-Labs-Diffusion, under the published names. The logits at a position predict the token there."""
 
     config: NemotronLabsDiffusionConfig
     config_class = NemotronLabsDiffusionConfig
-    diffusion_head: nn.Module
     post_init: Callable[[], None]
     base_model_prefix = "encoder"
+    head_name = "diffusion_head"
     _tied_weights_keys = {"diffusion_head.weight": "encoder.embed_tokens.weight"}
 
     def __init__(self, config: NemotronLabsDiffusionConfig):
@@ -64,39 +61,3 @@ class NemotronLabsDiffusionModel(InPlaceMixin, Ministral3PreTrainedModel, Genera
         self.encoder.embed_tokens.padding_idx = None  # as in `BidirectionalMixin`
         self.diffusion_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.diffusion_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.diffusion_head = value
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
-    ) -> MaskedLMOutput:
-        """
-        Args:
-            input_ids, attention_mask, position_ids, inputs_embeds: as in [`~transformers.Ministral3Model`].
-            labels: `(B, L)` tokens to predict in place, -100 where there is none. The loss is their mean negative
-                log-probability, without the weights of the ELBO.
-            logits_to_keep: number of last positions, or positions, whose logits are wanted. All by default.
-
-        Returns:
-            `logits` `(B, L, V)`.
-        """
-        rows = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-        outputs = self.encoder(attention_mask=attention_mask, **rows, **kwargs)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.diffusion_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels[:, keep], vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
