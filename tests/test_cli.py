@@ -58,7 +58,7 @@ def test_a_command_explains_itself(capsys, tmp_path, monkeypatch, name):
     assert f"    trl-diffusion {name} " in text and "Unless you say otherwise:" in text
     options = shlex.split(command(name).example.replace("\\\n", " "))
     more = ["--per_device_train_batch_size", "4"] if name == "elbo-kto" else []
-    trains = name in ("sft", "vrpo", "elbo-kto", "diagnose")
+    trains = name in ("sft", "vrpo", "iterative-vrpo", "elbo-kto", "diagnose")
     command(name).parser().parse_args_and_config([*options, *more, *(ON_THE_CPU if trains else [])])
 
 

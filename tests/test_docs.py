@@ -226,13 +226,13 @@ def test_the_papers_configurations(tmp_path, config, expected):
         ("README.md", 2),
         ("examples/vrpo_lora.py", 3),
         ("examples/elbo_kto_lora.py", 3),
+        ("examples/iterative_vrpo.py", 2),
         ("examples/diagnose_variance.py", 1),
     ],
 )
 def test_commands_have_known_options_only(name, number, tmp_path):
-    commands = re.findall(
-        r"```bash\n[^`]*?examples/((?:vrpo_lora|elbo_kto_lora|diagnose_variance))\.py(.*?)```", text_of(name), re.DOTALL
-    )
+    scripts = "vrpo_lora|elbo_kto_lora|iterative_vrpo|diagnose_variance"
+    commands = re.findall(rf"```bash\n[^`]*?examples/({scripts})\.py(.*?)```", text_of(name), re.DOTALL)
     assert len(commands) == number
     for script, options in commands:
         options = shlex.split(options.replace("\\\n", " "))
@@ -261,7 +261,7 @@ def test_no_file_knows_the_machine_it_was_written_on():
         assert not (found := forbidden.search(text)), f"{name}: {found[0]}"
 
 
-@pytest.mark.parametrize("name", ["vrpo_lora", "elbo_kto_lora"])
+@pytest.mark.parametrize("name", ["vrpo_lora", "elbo_kto_lora", "iterative_vrpo"])
 def test_the_scripts_can_say_what_their_options_are(name):
     """A stray percent sign in a help text breaks argparse."""
     parser = importlib.import_module(name).make_parser()

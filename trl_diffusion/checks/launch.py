@@ -7,6 +7,8 @@ Each would train on a wrong number, or fail inside a library, after the model ha
 import os
 from typing import Any
 
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
 _SPLIT = {
     "tp_size": "the layers are cut up (tensor parallelism), and the output head is used by its whole weight",
     "cp_size": "a row is cut up (context parallelism), and a response is scored on all of its row",
@@ -43,6 +45,23 @@ def check_launch(args: Any) -> None:
         number = getattr(args.parallelism_config, size, None) or int(by_launcher)
         if number > 1:
             raise ValueError(f"`parallelism_config` with `{size}={number}` is not supported: {why}. Leave it at 1.")
+
+
+def check_launch_to_use() -> None:
+    """
+    Refuse a launch that shards weights where a model is to answer or to be scored: each process needs all of it.
+
+    transformers would leave weights empty on all processes but the first, without a word.
+
+    Raises:
+        ValueError: names the launch.
+    """
+    sharded = "FSDP2" if _set("ACCELERATE_USE_FSDP") else "ZeRO-3" if is_deepspeed_zero3_enabled() else ""
+    if sharded:
+        raise ValueError(
+            f"{sharded} shards the weights, and a model that answers or is scored is whole on each process. Launch "
+            "this with `multi_gpu`, or on one device; sharded training is for `vrpo`, `elbo-kto` and `sft`."
+        )
 
 
 def _set(variable: str) -> bool:

@@ -1,6 +1,6 @@
 """Commands that sample: answers to prompts, and pairs of them to train on."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +14,7 @@ from .command import Command
 
 
 @dataclass
-class SamplingArguments:
+class SamplerOptions:
     """Arguments of the diffusion sampler."""
 
     max_new_tokens: int = field(default=128, metadata={"help": "Length of the canvas of an answer, in tokens."})
@@ -47,14 +47,19 @@ class SamplingArguments:
     logits_eos_inf: bool = field(default=False, metadata={"help": "Never predict the end of text."})
     confidence_eos_eot_inf: bool = field(default=False, metadata={"help": "Keep ends of text and of turns last."})
     cfg_scale: float = field(default=0.0, metadata={"help": "Strength of classifier-free guidance; 0 is off."})
-    seed: int = field(default=0, metadata={"help": "Of the sampler's noise."})
-    use_cpu: bool = field(default=False, metadata={"help": "Whether to run on the CPU where there is a GPU."})
 
     def sampler(self) -> dict[str, Any]:
         """Arguments of `generate`, but the seed."""
-        given = asdict(self)
-        names = SamplingArguments.__dataclass_fields__.keys() - {"seed", "use_cpu"}
-        return {name: given[name] for name in names if given[name] is not None}
+        given = {name: getattr(self, name) for name in SamplerOptions.__dataclass_fields__}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class SamplingArguments(SamplerOptions):
+    """Those of the sampler, its seed and its device, where no trainer's arguments are beside them."""
+
+    seed: int = field(default=0, metadata={"help": "Of the sampler's noise."})
+    use_cpu: bool = field(default=False, metadata={"help": "Whether to run on the CPU where there is a GPU."})
 
 
 @dataclass
@@ -72,8 +77,8 @@ class GenerateArguments(SamplingArguments):
 
 
 @dataclass
-class PairsArguments(SamplingArguments):
-    """What pairs are made of."""
+class RewardedArguments(SamplerOptions):
+    """Answers of which pairs are made."""
 
     temperature: float = field(default=1.0, metadata={"help": "Of the noise on the logits."})
     reward_funcs: list[str] = field(
@@ -83,12 +88,7 @@ class PairsArguments(SamplingArguments):
             "their import path, `my_lib.rewards.my_reward`."
         },
     )
-    output_dir: str = field(default="pairs", metadata={"help": "Folder of the rows, and of what an interruption left."})
     num_samples: int = field(default=4, metadata={"help": "Answers to each prompt."})
-    strategy: str = field(
-        default="best_worst", metadata={"help": "Which answers make rows.", "choices": list(STRATEGIES)}
-    )
-    threshold: float | None = field(default=None, metadata={"help": "Of the rewards, for `--strategy threshold`."})
     margin: float = field(default=0.0, metadata={"help": "By how much the rewards of a pair must differ at least."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "Of the reward functions."})
     batch_size: int = field(default=8, metadata={"help": "Prompts that are answered together."})
@@ -98,6 +98,17 @@ class PairsArguments(SamplingArguments):
             raise ValueError(
                 "`--reward_funcs` is missing: give names of `trl.rewards`, or import paths of your own functions."
             )
+
+
+@dataclass
+class PairsArguments(RewardedArguments, SamplingArguments):
+    """What pairs are made of."""
+
+    output_dir: str = field(default="pairs", metadata={"help": "Folder of the rows, and of what an interruption left."})
+    strategy: str = field(
+        default="best_worst", metadata={"help": "Which answers make rows.", "choices": list(STRATEGIES)}
+    )
+    threshold: float | None = field(default=None, metadata={"help": "Of the rewards, for `--strategy threshold`."})
 
 
 def generate(model_args: Any, arguments: GenerateArguments) -> None:

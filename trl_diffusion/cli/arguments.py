@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import load_dataset
 
+from ..checks.launch import check_launch_to_use
 from ..models.denoiser import resolve_mask_token_id
 from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
 from ..trainers.loading import find_model, load_model, load_tokenizer
@@ -108,10 +109,10 @@ def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> di
     names = {"train_dataset": "dataset_train_split", "eval_dataset": "dataset_test_split"}
     if training_args.eval_strategy == "no":
         del names["eval_dataset"]
-    return {"eval_dataset": None} | {key: _split(dataset, name, script_args) for key, name in names.items()}
+    return {"eval_dataset": None} | {key: split_of(dataset, name, script_args) for key, name in names.items()}
 
 
-def _split(dataset: Any, option: str, script_args: Any) -> Any:
+def split_of(dataset: Any, option: str, script_args: Any) -> Any:
     """The split that an option names."""
     split = getattr(script_args, option)
     if split in dataset:
@@ -125,6 +126,7 @@ def _split(dataset: Any, option: str, script_args: Any) -> Any:
 
 def load_to_use(model_args: Any, use_cpu: bool) -> tuple[Any, Any]:
     """The model, with its adapter if the path is that of one, on its device and ready to be asked; its tokenizer."""
+    check_launch_to_use()
     device = PartialState(cpu=use_cpu).device
     options = {
         "trust_remote_code": model_args.trust_remote_code,
@@ -144,7 +146,11 @@ def load_to_use(model_args: Any, use_cpu: bool) -> tuple[Any, Any]:
 
 def load_rows(script_args: Any, split: str) -> Any:
     """The split of the dataset that `--dataset_name` names."""
+    return split_of(load_named(script_args), split, script_args)
+
+
+def load_named(script_args: Any) -> Any:
+    """All splits of the dataset that `--dataset_name` names."""
     if not script_args.dataset_name:
         raise ValueError("`--dataset_name` is missing: give a folder, or the name of a dataset on the hub.")
-    dataset = load_dataset(script_args.dataset_name, name=script_args.dataset_config)
-    return _split(dataset, split, script_args)
+    return load_dataset(script_args.dataset_name, name=script_args.dataset_config)

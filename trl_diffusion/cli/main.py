@@ -16,6 +16,7 @@ COMMANDS = {
     "sample-pairs": ("answering", "SAMPLE_PAIRS", "make preferences from the model's own answers"),
     "diagnose": ("judging", "DIAGNOSE", "how noisy is the preference score, and which estimator to take"),
     "vrpo": ("training", "VRPO", "align with pairs of preferred and rejected responses"),
+    "iterative-vrpo": ("rounds", "ITERATIVE_VRPO", "sample answers, score them, align with pairs of them, and repeat"),
     "elbo-kto": ("training", "ELBO_KTO", "align with single responses, marked as desirable or not"),
     "score": ("judging", "SCORE", "likelihood and perplexity of texts, with their error"),
     "generate": ("answering", "GENERATE", "answer prompts with the diffusion sampler"),

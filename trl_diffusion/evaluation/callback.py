@@ -9,9 +9,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .answers import Answerer
-from .pairs import completion_of
 from .prompts import read_prompts
 from .rewards import Rewards
+from .sampling import completion_of
 
 
 class WinRateCallback(TrainerCallback):

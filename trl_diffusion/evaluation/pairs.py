@@ -14,22 +14,23 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..checks.inputs import check_writable
-from ..models.denoiser import resolve_mask_token_id
-from ..scoring.door import hash_module
-from ..scoring.key import scoring_key
 from .answers import Answerer
-from .ledger import Ledger, processes_of
+from .ledger import processes_of
 from .prompts import Prompts, read_prompts
 from .rewards import Rewards
+from .sampling import completion_of, key_of, sampled_and_scored
 
 logger = get_logger(__name__)
 
 STRATEGIES = ("best_worst", "all", "threshold")
 Rows = dict[int, dict[str, Any]]
+
+
+class NoRowsError(ValueError):
+    """No answer to any prompt is better than another."""
 
 
 def sample_pairs(
@@ -86,8 +87,8 @@ def sample_pairs(
     rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer)
     check_writable(output_dir)
     answerer = Answerer(model, tokenizer, asked, num_samples, seed, {"temperature": 1.0, **generation})
-    key = _key(model, answerer, seed)
-    samples, scores = _sampled_and_scored(answerer, rewards, key, Path(output_dir) / "samples", batch_size)
+    key = key_of(model, answerer, seed)
+    samples, scores = sampled_and_scored(answerer, rewards, key, Path(output_dir) / "samples", batch_size)
     choose = partial(chosen_answers, strategy=strategy, margin=margin)
     rows = list(_rows(asked, samples.rows, scores.rows, rewards, choose))
     if threshold is not None:
@@ -99,13 +100,6 @@ def sample_pairs(
         _write(Path(output_dir), dataset, answerer.model, how, rewards)
     state.wait_for_everyone()
     return dataset
-
-
-def _key(model: Any, answerer: Answerer, seed: int) -> dict[str, Any]:
-    """What answers depend on."""
-    function = scoring_key(model, resolve_mask_token_id(answerer.model.config, answerer.tokenizer), "no")
-    of_model = {"model": hash_module(model), "function": function, "prompts": answerer.prompts.key()}
-    return {**of_model, "num_samples": answerer.num_samples, "seed": seed, **answerer.arguments}
 
 
 def _check(num_samples: int, strategy: str, threshold: float | None, margin: float, batch_size: int) -> None:
@@ -123,54 +117,6 @@ def _check(num_samples: int, strategy: str, threshold: float | None, margin: flo
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not margin >= 0:
         raise ValueError(f"`margin` must not be negative, got {margin}.")
-
-
-def _sampled_and_scored(
-    answerer: Answerer, rewards: Rewards, key: dict[str, Any], folder: Path, batch_size: int
-) -> tuple[Ledger, Ledger]:
-    """Answers to all prompts and their rewards, by the number of the prompt; what is kept is not made again."""
-    state, total = processes_of(answerer.model), len(answerer.prompts.rows)
-    samples = Ledger(folder, "answers", key, state.process_index)
-    functions = rewards.key()  # those of others are kept beside
-    scores = Ledger(folder, f"rewards-{functions}", {**key, "functions": functions}, state.process_index)
-    state.wait_for_everyone()  # or one would take up what another has just begun
-    mine = range(state.process_index, total, state.num_processes)
-    to_do = [number for number in mine if number not in scores.rows]
-    bar = tqdm(total=len(mine), initial=len(mine) - len(to_do), desc="sampling", disable=not state.is_main_process)
-    # What was answered and not scored first, so that a function that fails does so at once
-    for known in (True, False):
-        some = [number for number in to_do if (number in samples.rows) == known]
-        for numbers in answerer.batches(some, batch_size):
-            if not known:
-                for number, ids in zip(numbers, answerer(numbers), strict=True):
-                    texts = [answerer.text(number, answer) for answer in ids]
-                    samples.add(number, texts=texts, ids=ids)
-            _score(answerer.prompts, [samples.rows[number] for number in numbers], rewards, scores)
-            bar.update(len(numbers))
-    bar.close()
-    state.wait_for_everyone()
-    samples.read()
-    scores.read()
-    return samples, scores
-
-
-def _score(prompts: Prompts, answered: list[dict[str, Any]], rewards: Rewards, scores: Ledger) -> None:
-    each = [(row["number"], text, ids) for row in answered for text, ids in zip(row["texts"], row["ids"], strict=True)]
-    given = [prompts.rows[number] for number, _, _ in each]
-    found = rewards(
-        [row["prompt"] for row in given],
-        [completion_of(text, prompts.conversational) for _, text, _ in each],
-        [ids for _, _, ids in each],
-        {name: [row[name] for row in given] for name in prompts.columns},
-    )
-    of_answers = iter(zip(*found, strict=True))
-    for row in answered:
-        scores.add(row["number"], rewards=[next(of_answers) for _ in row["texts"]])
-
-
-def completion_of(text: str, conversational: bool) -> Any:
-    """An answer in the form of its prompt."""
-    return [{"role": "assistant", "content": text}] if conversational else text
 
 
 def _rows(
@@ -219,7 +165,7 @@ def _labelled(row: dict[str, Any], threshold: float) -> dict[str, Any]:
 
 def _refuse_none(rows: list[dict[str, Any]], strategy: str, margin: float, prompts: int) -> None:
     if not rows:
-        raise ValueError(
+        raise NoRowsError(
             f"None of {prompts} prompts gave a row with `strategy={strategy!r}` and `margin={margin}`: its answers "
             "have equal rewards, or none. Answers are kept; take a larger `num_samples` or `temperature` in another "
             "`output_dir`, or other reward functions in this one."

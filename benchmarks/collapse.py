@@ -1,0 +1,112 @@
+"""
+What keeps an alignment from forgetting: settings of the loss next to each other, by what the answers gain and lose.
+
+    python benchmarks/collapse.py --seeds 1000 1001 --arms "SFT weight 0.05" "SFT weight 2"
+    python benchmarks/collapse.py --report
+
+Each cell (arm, seed) is one training run on the base model and the pairs of a start of `demo_starts.py`, with `BASE`
+and the changes of the arm. Two things can be lost: the ELBO of chosen responses (displacement, which the trainer logs
+and warns of), and problems that were solved before, of which there are few pairs (the plain ones, which only answers
+show). Finished cells are kept in `runs/demo_starts/collapse.jsonl` and not run again.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from counters import machine
+from demo_starts import ROOT, mean_and_half_width
+from peft import PeftModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import alignment
+import demo
+
+from trl_diffusion.trainers.displacement import CHOSEN, REJECTED
+
+# Those of the demo before this was looked at: the paper's SFT weight
+BASE = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.05], "beta": 1.0, "learning_rate": 1e-3}
+ARMS: dict[str, dict] = {
+    "SFT weight 0": {"loss_type": ["sigmoid"], "loss_weights": [1.0]},
+    "SFT weight 0.05": {},
+    "SFT weight 0.2": {"loss_weights": [1.0, 0.2]},
+    "SFT weight 0.5": {"loss_weights": [1.0, 0.5]},
+    "SFT weight 1": {"loss_weights": [1.0, 1.0]},
+    "SFT weight 2": {"loss_weights": [1.0, 2.0]},
+    "SFT weight 4": {"loss_weights": [1.0, 4.0]},
+    "SFT alone": {"loss_type": ["sft"], "loss_weights": [1.0]},
+    "beta 0.2": {"beta": 0.2},
+    "beta 0.5, SFT weight 0.5": {"beta": 0.5, "loss_weights": [1.0, 0.5]},
+    "beta 3": {"beta": 3.0},
+    "apo_zero": {"loss_type": ["apo_zero", "sft"]},
+    "apo_down": {"loss_type": ["apo_down", "sft"]},
+    "sigmoid_norm": {"loss_type": ["sigmoid_norm", "sft"], "beta": 10.0},  # a score per token, of which there are ten
+    "learning rate 5e-4": {"learning_rate": 5e-4},
+    "learning rate 2e-3": {"learning_rate": 2e-3},
+    "16 pairs a step, 160 steps": {"per_device_train_batch_size": 16, "max_steps": 160},
+}
+LIMIT = 0.1  # nats per token: the default of `displacement_warning`
+
+
+def run_cell(root: Path, arm: str, seed: int) -> dict:
+    """Train with the changes of an arm, and test."""
+    folder, made = root / f"seed-{seed}", demo.prepare(root / f"seed-{seed}", seed)
+    output, changes = folder / re.sub(r"[^\w.]+", "_", f"collapse {arm}"), BASE | ARMS[arm]
+    steps = changes.get("max_steps", demo.ALIGNMENT["max_steps"])
+    history = demo.align(folder, output, seed=seed, **changes, eval_steps=steps)
+    problems = made["splits"]["validation"] + made["splits"]["test"]
+    before, after = (
+        demo.shares(demo.test(model, made["tokenizer"], problems))
+        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
+    )
+    changed = {name: [entry[name] for entry in history if name in entry] for name in (CHOSEN, REJECTED)}
+    margins = [entry["rewards/margins"] for entry in history if "rewards/margins" in entry]
+    return {"arm": arm, "seed": seed, "before": before, "after": after, "margins": margins, **changed}
+
+
+def report(done: dict[tuple[str, int], dict]) -> None:
+    """Per arm: what answers gained, with 95% t-intervals, the worst start, and what the trainer had logged of it."""
+    titles = ["", "starts", "gain, every step right", "worst", "gain, plain problems", "worst", "gain, with the verbs"]
+    titles += ["nats per token, chosen; rejected", "warned"]
+    print("\n| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for arm in ARMS:
+        rows = [row for (name, _), row in done.items() if name == arm]
+        if not rows:
+            continue
+        gains = {key: [row["after"][key] - row["before"][key] for row in rows] for key in ("right", "plain", "tricky")}
+        change = [statistics.mean(row[name][-1] for row in rows) for name in (CHOSEN, REJECTED)]
+        cells = [arm, len(rows)]
+        for key in ("right", "plain"):
+            cells += [mean_and_half_width(gains[key]), f"{min(gains[key]):+.1f}"]
+        cells.append(mean_and_half_width(gains["tricky"]))
+        cells += ["{:+.3f}; {:+.3f}".format(*change), f"{sum(map(is_warned_of, rows))} of {len(rows)}"]
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def is_warned_of(row: dict) -> bool:
+    """By the rule of the trainer, on what was logged."""
+    return any(change < -LIMIT and margin > 0 for change, margin in zip(row[CHOSEN], row["margins"], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1008)))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--output_dir", type=Path, default=ROOT)
+    parser.add_argument("--report", action="store_true", help="only print what is finished")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    path = arguments.output_dir / "collapse.jsonl"
+    for seed in () if arguments.report else arguments.seeds:
+        for arm in arguments.arms:
+            if (arm, seed) not in alignment.read(path):  # another process may be at work on it too
+                alignment.keep(path, run_cell(arguments.output_dir, arm, seed))
+    report(alignment.read(path))
+    print(machine())
+
+
+if __name__ == "__main__":
+    main()
