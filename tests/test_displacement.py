@@ -68,6 +68,16 @@ def test_when_it_warns(caplog, change, margin, warns):
     assert not warns or "at step 7 the chosen responses have lost 0.110 nats per token" in found[0]
 
 
+@pytest.mark.parametrize("make, cure", [(make_trainer, "`loss_weights`"), (test_kto.make_trainer, "desirable rows")])
+def test_the_cure_is_one_that_the_method_has(tmp_path, caplog, make, cure):
+    trainer = make(tmp_path, make_model())
+    (watch,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, DisplacementWatch)]
+    with caplog.at_level(logging.WARNING):
+        watch.on_log(trainer.args, trainer.state, None, logs={CHOSEN: -0.2, "rewards/margins": 0.1})
+    (found,) = [r.getMessage() for r in caplog.records if "Likelihood displacement" in r.getMessage()]
+    assert cure in found
+
+
 def test_a_run_that_displaces_is_warned_of(tmp_path, caplog):
     """Pushed hard, both responses sink."""
     options = {"max_steps": 8, "loss_type": ["apo_down"], "learning_rate": 0.03, "displacement_warning": 0.01}

@@ -16,6 +16,7 @@ import pytest
 import vrpo_lora
 import word_problems as task
 from conftest import make_model, make_pairs, make_tokenizer
+from peft import LoraConfig
 from test_kto import make_feedback
 from transformers import TrainingArguments
 
@@ -86,12 +87,15 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, capsys, name, arguments,
 
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("option", ["load_in_4bit", "load_in_8bit"])
-def test_quantised_weights_need_an_adapter(capsys, name, option):
+def test_quantised_weights_need_an_adapter(tmp_path, capsys, name, option):
     arguments = ["--model_name_or_path", "x", f"--{option}"]
     assert f"`--{option}` makes weights that cannot be trained. Add `--use_peft`" in refused(capsys, name, *arguments)
     arguments += ["--use_cpu", "--bf16", "False", "--per_device_train_batch_size", "4"]
     importlib.import_module(name).make_parser().parse_args_and_config([*arguments, "--use_peft"])
     importlib.import_module("diagnose_variance").make_parser().parse_args_and_config(arguments)
+    LoraConfig(base_model_name_or_path="base").save_pretrained(tmp_path)  # one that is there is trained on
+    arguments[1] = str(tmp_path)
+    importlib.import_module(name).make_parser().parse_args_and_config(arguments)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from datasets import load_dataset
 from ..checks.launch import check_launch_to_use
 from ..models.denoiser import resolve_mask_token_id
 from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
-from ..trainers.loading import find_model, load_model, load_tokenizer
+from ..trainers.loading import find_adapter, find_model, load_model, load_tokenizer
 
 
 @dataclass
@@ -70,11 +70,16 @@ class TrainedModelConfig(DiffusionModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(self, name) and not self.use_peft:
+            if getattr(self, name) and not self.use_peft and not self._is_an_adapter():
                 raise ValueError(
                     f"`--{name}` makes weights that cannot be trained. Add `--use_peft`, which trains an adapter, or "
                     f"leave `--{name}` out."
                 )
+
+    def _is_an_adapter(self) -> bool:
+        """Whether the path is that of one, which is then trained on."""
+        finding = {"revision": self.model_revision} if self.model_revision else {}
+        return find_adapter(self.model_name_or_path, finding) is not None
 
 
 def with_model_init_kwargs(training_args: Any, model_args: Any) -> Any:

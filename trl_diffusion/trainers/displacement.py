@@ -18,6 +18,10 @@ logger = get_logger(__name__)
 CHOSEN = "elbo/change_chosen"
 REJECTED = "elbo/change_rejected"
 _MARGIN = "rewards/margins"
+_CURES = {
+    True: "the SFT term or a larger weight of it (`loss_type=['sigmoid', 'sft']`, `loss_weights`)",
+    False: "among the desirable rows, answers to prompts that the model solves already",
+}
 
 
 def change_per_token(output: ELBOHeadOutput, reference: torch.Tensor) -> torch.Tensor:
@@ -32,10 +36,11 @@ class DisplacementWatch(TrainerCallback):
 
     Args:
         limit: nats per token.
+        pairs: whether responses are compared in pairs, as against single, marked ones.
     """
 
-    def __init__(self, limit: float):
-        self.limit = limit
+    def __init__(self, limit: float, pairs: bool = True):
+        self.limit, self._cure = limit, _CURES[pairs]
         self._has_warned = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -46,7 +51,7 @@ class DisplacementWatch(TrainerCallback):
         logger.warning(
             "Likelihood displacement: at step %d the chosen responses have lost %.3f nats per token since the start, "
             "more than `displacement_warning=%g`, while `%s` rose to %.3f. The probability goes to texts that nobody "
-            "compared, and generations may break; metrics of pairs do not show it. Read some answers. Against it: add "
-            "the SFT term (`loss_type=['sigmoid', 'sft']`), a lower `learning_rate`, a larger `beta`, or stop earlier.",
-            *(state.global_step, -change, self.limit, _MARGIN, margin),
+            "compared, and generations may break; margins do not show it. Read some answers. Against it: %s, a lower "
+            "`learning_rate`, or stop earlier; see docs/preventing-collapse.md.",
+            *(state.global_step, -change, self.limit, _MARGIN, margin, self._cure),
         )

@@ -61,7 +61,7 @@ def find_model(path: str, options: dict[str, Any]) -> Source:
     """
     finding = {name: options[name] for name in _FINDING if options.get(name) is not None}
     trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-    adapter = _find_adapter(path, finding)
+    adapter = find_adapter(path, finding)
     base, base_finding = path, finding
     if adapter is not None:
         base = adapter.base_model_name_or_path
@@ -147,7 +147,8 @@ def load_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokeniz
     ) from problem
 
 
-def _find_adapter(path: str, finding: dict[str, Any]) -> PeftConfig | None:
+def find_adapter(path: str, finding: dict[str, Any]) -> PeftConfig | None:
+    """The configuration of an adapter that is there; None if it is none, or nothing can be had."""
     arguments = {name: value for name, value in finding.items() if name != "subfolder"}
     try:
         found = find_adapter_config_file(path, subfolder=finding.get("subfolder", ""), **arguments)

@@ -62,7 +62,8 @@ def check_before_training(trainer: Any) -> None:
         # DeepSpeed trains a copy in float32, and so does FSDP in mixed precision
         warn_of_lost_updates(trainer.model, trainer.args.learning_rate, logger.warning)
     if trainer._has_reference and trainer.args.displacement_warning is not None:
-        trainer.add_callback(DisplacementWatch(trainer.args.displacement_warning))
+        pairs = trainer._responses_per_row == 2
+        trainer.add_callback(DisplacementWatch(trainer.args.displacement_warning, pairs))
     if trainer._reference_is_given or not trainer._has_reference:
         return
     if not trainer.precompute_ref_logps:
