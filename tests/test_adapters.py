@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
 from trl_diffusion.scoring.precision import share_of_lost_updates
 from trl_diffusion.trainers import start as starting
+from trl_diffusion.trainers.loading import find_model
 
 # The table
 
@@ -312,6 +313,15 @@ def test_a_model_in_a_subfolder(tmp_path, peft_config):
     trainer = by_path(tmp_path, tmp_path / "model", peft_config, model_init_kwargs={"subfolder": "inner"})
     assert torch.equal(logits(trainer.model), logits(make_model(seed=3)))
     assert first_loss(trainer) == METHODS["VRPO"][2]
+
+
+def test_an_adapter_says_of_which_revision_its_base_is(tmp_path):
+    """With which the base is loaded, wherever the adapter is used."""
+    path = on_disk(make_model(), tmp_path / "model")
+    trainer = by_path(tmp_path, path, LoraConfig(r=4), model_init_kwargs={"revision": "of-may"})
+    trainer.save_model()
+    source = find_model(str(tmp_path / "out"), {})
+    assert (source.base, source.base_finding) == (path, {"revision": "of-may"})
 
 
 def test_a_model_of_transformers_in_a_subfolder(tmp_path):

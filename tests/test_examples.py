@@ -11,9 +11,11 @@ from pathlib import Path
 
 import elbo_kto_lora
 import embedded_default
+import iterative_vrpo
 import llada_8b
 import pytest
 import vrpo_lora
+import word_problem_rewards
 import word_problems as task
 from conftest import make_model, make_pairs, make_tokenizer
 from peft import LoraConfig
@@ -189,6 +191,17 @@ def test_the_embedded_default_is_a_run_of_the_script(tmp_path, monkeypatch):
     assert (tmp_path / embedded_default.FOLDER / "from-thumbs" / "adapter_model.safetensors").exists()
 
 
+def test_the_embedded_default_of_rounds(tmp_path, monkeypatch):
+    """A model that has learnt nothing has no right answer: another reward tells its answers apart."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(embedded_default, "PRETRAINING_STEPS", 3)
+    monkeypatch.setattr(embedded_default, "NUM_PROMPTS", {"train": 8, "test": 4})
+    more = ["--max_steps", "1", "--num_rounds", "1", "--reward_funcs", "test_rounds.letters"]
+    arguments = iterative_vrpo.make_parser().parse_args_and_config([*embedded_default.embedded_rounds(), *more])
+    iterative_vrpo.main(*arguments)
+    assert (tmp_path / embedded_default.FOLDER / "from-prompts" / "round-1" / "adapter_model.safetensors").exists()
+
+
 def test_splits_do_not_leak():
     """No problem is met twice under another name: content is numbers and verbs."""
     splits = task.make_splits(seed=5, pretraining=3000)
@@ -207,6 +220,9 @@ def test_answers_are_judged_by_every_step():
     assert task.is_right(problem, "14 + 5 = 19 ; 19 - 3 = 16 ; so 16")
     lucky = "14 - 5 = 19 ; 19 - 3 = 16 ; so 16"
     assert not task.is_right(problem, lucky) and task.is_final_number_right(problem, lucky)
+    (row,) = word_problem_rewards.prompts_of([problem])
+    answers = {"completions": [f" {problem.answer()}", lucky, ""], "prompts": [row["prompt"]] * 3}
+    assert word_problem_rewards.every_step_right(**answers, answer=[row["answer"]] * 3) == [1.0, 0.0, 0.0]
 
 
 def test_the_8b_benchmark_has_the_lengths_it_says():

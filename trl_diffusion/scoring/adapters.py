@@ -17,10 +17,16 @@ from ..models.families import family_of
 from .sharding import fsdp_is_asked_for
 
 
-def fitting_get_peft_model(get_peft_model: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
-    """Wrap `peft.get_peft_model` so that target modules default to the family's, and are checked."""
+def fitting_get_peft_model(
+    get_peft_model: Callable[..., PeftModel], revision: str | None = None
+) -> Callable[..., PeftModel]:
+    """
+    Wrap `peft.get_peft_model` so that target modules default to the family's, and are checked, and that the adapter
+    says of which `revision` its base model is, which is loaded with it later.
+    """
 
     def get_fitting_peft_model(model: PreTrainedModel, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> PeftModel:
+        kwargs |= {"revision": revision} if revision else {}
         return get_peft_model(model, with_fitting_targets(model, peft_config), *args, **kwargs)
 
     return get_fitting_peft_model

@@ -107,12 +107,15 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         self._headed: list[torch.nn.Module] = []
         self._adapter_dtype = args.adapter_dtype
         self._ready_adapter: ReadyAdapter | None = None
+        self._revision: str | None = None
         self._reference_is_given = ref_model is not None
         if ref_model is not None:
             check_placed(ref_model, "ref_model")
         if isinstance(model, str):  # checked when it is loaded
             options = loading_options(args)
-            return ref_model, tokenizer or load_tokenizer(find_model(model, options), options)
+            source = find_model(model, options)
+            self._revision = None if source.is_adapter else options.get("revision")
+            return ref_model, tokenizer or load_tokenizer(source, options)
         check_placed(model, "model")
         check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
         self._ready_adapter = take_over(model, args.adapter_dtype)
@@ -124,7 +127,7 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         """Steps of TRL's constructor that are ours: the model from its path, its adapter and a copy of it, its head."""
         replacements: dict[str, Any] = {
             "create_model_from_path": self._load_model,
-            "get_peft_model": fitting_get_peft_model(seam_function(self._trl_module, "get_peft_model")),
+            "get_peft_model": fitting_get_peft_model(seam_function(self._trl_module, "get_peft_model"), self._revision),
             "add_fused_lm_head": self._add_head,
         }
         try:
