@@ -16,6 +16,8 @@ from processes import run_forked
 from test_decoders import FOLDERS
 from test_distributed import COMMON, FSDP, assert_the_same, fsdp_on_the_cpu, logs, outcome
 from test_experts import EVERYWHERE
+from test_lfm2 import make_lfm2
+from test_llada2 import EVERYWHERE as LLADA2_EVERYWHERE
 from test_trainers import make_trainer
 
 pytestmark = pytest.mark.slow
@@ -28,6 +30,8 @@ CELLS = {
     "A2D-Qwen3": (FOLDERS["A2D-Qwen3"].model, LoraConfig(r=4)),
     "Nemotron": (FOLDERS["Nemotron"].model, LoraConfig(r=4)),
     "LLaDA-MoE": (FOLDERS["LLaDA-MoE"].model, LoraConfig(r=4, target_modules=EVERYWHERE)),
+    "LLaDA2": (FOLDERS["LLaDA2"].model, LoraConfig(r=4, target_modules=LLADA2_EVERYWHERE)),
+    "LFM2.5": (make_lfm2, LoraConfig(r=4)),
     "bert": (partial(make_encoder, "bert", mask_token_id=2), None),
     "roberta": (partial(make_encoder, "roberta", mask_token_id=2), None),
     "distilbert": (partial(make_encoder, "distilbert", mask_token_id=2), None),
