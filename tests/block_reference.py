@@ -71,7 +71,20 @@ def block_terms(logits, batch, draws, numbers, shift=0):
 
 
 def naive_block_response(
-    logits, prompt, size, shift=0, *, max_new_tokens, steps=None, part=None, threshold=1.0, ends=(0,), pad=0
+    logits,
+    prompt,
+    size,
+    shift=0,
+    *,
+    max_new_tokens,
+    steps=None,
+    part=None,
+    threshold=1.0,
+    ends=(0,),
+    pad=0,
+    sure=lambda log_probs, token: log_probs[token].item(),
+    forbidden=(),
+    ends_last=False,
 ):
     """Block by block, without a cache: each step runs everything up to the end of the present block."""
     mask, steps, part = 2, steps or max_new_tokens, part or size
@@ -93,12 +106,13 @@ def naive_block_response(
                 sees = numbers.unsqueeze(1) >= numbers
                 with torch.no_grad():
                     found = logits(torch.tensor([tokens]), sees.unsqueeze(0))[0].clone()
-                found[:, mask] = -torch.inf
-                best = {i: found[max(i - shift, 0)].log_softmax(-1).max(-1) for i in hidden}
-                ordered = sorted(hidden, key=lambda i: -best[i].values.item())
+                found[:, [mask, *forbidden]] = -torch.inf
+                given = {i: found[max(i - shift, 0)].log_softmax(-1) for i in hidden}
+                best = {i: log_probs.argmax().item() for i, log_probs in given.items()}
+                ordered = sorted(hidden, key=lambda i: (ends_last and best[i] in ends, -sure(given[i], best[i])))
                 for rank, i in enumerate(ordered):
-                    if rank < amount or best[i].values.exp() > threshold:
-                        tokens[i] = best[i].indices.item()
+                    if rank < amount or given[i][best[i]].exp() > threshold:
+                        tokens[i] = best[i]
         if set(tokens[len(prompt) :]) & set(ends):
             break
     response = tokens[len(prompt) :]

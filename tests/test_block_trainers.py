@@ -10,6 +10,8 @@ from test_decoders import FOLDERS
 from test_diagnose import diagnose
 from test_kto import make_trainer as make_kto_trainer
 from test_memory import peak_of_step
+from test_sft import batch_of as sft_batch_of
+from test_sft import make_trainer as make_sft_trainer
 from test_trainers import assert_same_gradients, batch_of, gradients, make_trainer
 
 from trl_diffusion import MaskSampler, estimate_memory
@@ -78,6 +80,20 @@ def test_the_loss_is_that_of_the_definition(name, tmp_path):
     by_hand = -torch.nn.functional.logsigmoid(trainer.beta * (chosen - rejected)).mean()
     torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=1e-6)
     assert_same_gradients(found, gradients(policy, by_hand))
+
+
+def test_supervised_fine_tuning_is_of_the_definition(tmp_path):
+    """Ends of text that follow an answer among it, and its blocks cut by both of its ends."""
+    model = FOLDERS["SDAR"].model()
+    trainer = make_sft_trainer(tmp_path, model, num_mc_samples=3)
+    inputs = sft_batch_of(trainer)
+    trainer.model.train()
+    ours = trainer.compute_loss(trainer.model, dict(inputs))
+    found, maskable, numbers = gradients(model, ours), inputs["labels"] != -100, block_numbers(inputs, 4)
+    draws = trainer._sampler(maskable, inputs["input_ids"], inputs["attention_mask"], 1, blocks=numbers)
+    by_hand = -block_terms(of_model(model), inputs, draws, numbers).sum() / maskable.sum()
+    torch.testing.assert_close(ours, by_hand, rtol=1e-5, atol=0)
+    assert_same_gradients(found, gradients(model, by_hand))
 
 
 @pytest.mark.parametrize("control", [None, ControlVariate()], ids=["plain", "control"])

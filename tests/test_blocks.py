@@ -9,18 +9,18 @@ from block_reference import block_log_probs, block_numbers, block_terms, naive_b
 from conftest import WORDS, make_model, make_tokenizer
 from counters import HidesEverything, LiveBytes
 from peft import LoraConfig, get_peft_model
-from test_decoders import FOLDERS, LN2, Folder, assert_parity, trained
+from test_decoders import FOLDERS, LN2, NF4, Folder, assert_parity, trained
 from test_families import assert_same_gradients, make_llama
 from test_head import gradients, make_batch, scored
+from test_sampler_switches import ENDS, SWITCHES, sure
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_diffusion import MaskSampler, check_family, elbo
 from trl_diffusion.models import StableDiffcoderForCausalLM, families
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
-from trl_diffusion.models.families import class_to_load, family_of
+from trl_diffusion.models.families import class_to_load, family_of, spare_in_quantization
 from trl_diffusion.models.family import Blocks, Family
 from trl_diffusion.models.sampler import generate
-from trl_diffusion.scoring import blocks as scoring_blocks
 
 MODES = ("immediate", "checkpoint", "graph")
 WEIGHTS = torch.tensor([1.0, -2.0, 0.5])
@@ -86,9 +86,9 @@ def test_of_any_size_and_origin(size, shift, origin, monkeypatch):
 def test_sharded_weights_are_scored_without_shared_text(shift, mode, monkeypatch):
     """Nothing but its output may leave a layer that is gathered when it is called."""
     known(monkeypatch, family(logit_shift=shift))
-    monkeypatch.setattr(scoring_blocks, "is_sharded", lambda model: True)
     model, batch = make_llama(), make_batch((9, 14, 12), prompt=3)
-    assert_is_the_definition(model, batch, by_definition(model, batch, 4, shift)[0], elbo_gradient=mode)
+    terms, _ = by_definition(model, batch, 4, shift)
+    assert_is_the_definition(model, batch, terms, elbo_gradient=mode, sharded=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -181,8 +181,7 @@ def test_draws_share_one_clean_copy(num_mc_samples, monkeypatch):
     scored(model, batch, MaskSampler(num_mc_samples), draws_per_forward=1)
     assert tokens.count == num_mc_samples * (32 - 8) + 28
     tokens.count = 0
-    monkeypatch.setattr(scoring_blocks, "is_sharded", lambda model: True)
-    scored(model, batch, MaskSampler(num_mc_samples), draws_per_forward=1)
+    scored(model, batch, MaskSampler(num_mc_samples), draws_per_forward=1, sharded=True)
     assert tokens.count == num_mc_samples * (32 - 8 + 28)
 
 
@@ -285,6 +284,27 @@ def test_stable_diffcoder_is_trained_by_path(tmp_path):
     assert "from trl_diffusion.models import StableDiffcoderForCausalLM" in card and "block_length" not in card
 
 
+@pytest.mark.slow
+def test_stable_diffcoder_in_4_bits(tmp_path):
+    """Loaded by its path, its head spared, it is scored as the function of its rounded weights that it is."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    path = STABLE.write(tmp_path / "published", mask_token_id=2)
+    quantization = spare_in_quantization(NF4, AutoConfig.from_pretrained(path))
+    loading = {"quantization_config": quantization, "dtype": torch.float32}
+    model = StableDiffcoderForCausalLM.from_pretrained(path, **loading).train()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(linears) == STABLE.linears and not any("lm_head" in name for name in linears)
+    rounded = StableDiffcoderForCausalLM.from_pretrained(path)
+    for name, linear in linears.items():
+        weight = bitsandbytes.functional.dequantize_4bit(linear.weight, linear.weight.quant_state)
+        rounded.get_submodule(name).weight.data = weight
+    batch = make_batch((9, 14, 12), prompt=3)
+    terms, _ = by_definition(rounded, batch, 4)
+    torch.testing.assert_close(scored(model, batch).log_probs, terms.detach()[:, 1:], rtol=1e-4, atol=1e-4)
+    adapted = trained(path, tmp_path / "out", LoraConfig(r=2), max_steps=2, quantization_config=NF4)
+    assert adapted.state.log_history[0]["loss"] == LN2 != adapted.state.log_history[1]["loss"]
+
+
 # --------------------------------------------------------------------------------------------------------- generation
 
 PROMPTS = [[5, 11, 3, 9, 28, 17, 4], [7, 23], [19, 10, 0, 13]]
@@ -304,3 +324,30 @@ def test_generated_text_is_that_without_a_cache(size, shift, part, schedule, mon
             given = {"max_new_tokens": 10, "steps": schedule.get("steps"), "confidence_threshold": threshold}
             found = generate(model, torch.tensor([prompt]).long(), **given, eos_token_id=ends, pad_token_id=1)
             assert found[0, len(prompt) :].tolist() == expected
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_switch_of_the_sampler_acts_in_blocks(switch, monkeypatch):
+    """As by hand, and otherwise than without it for one prompt at least; ends are not rare."""
+    known(monkeypatch, family(4, logit_shift=1))
+    given, by_hand = SWITCHES[switch]
+    switches = {"forbidden": (ENDS[0],) if "no_eos" in by_hand else (), "ends_last": "ends_last" in by_hand}
+    model, changed = make_llama(), 0
+    with torch.no_grad():
+        model.get_output_embeddings().weight[ENDS] *= 3
+    for prompt in PROMPTS:
+        expected = naive_block_response(
+            of_model(model),
+            *(prompt, 4, 1),
+            **{"max_new_tokens": 10, "steps": 5, "ends": ENDS, "pad": 1},
+            sure=lambda log_probs, token: sure(log_probs, token, by_hand.get("how", "low_confidence")),
+            **switches,
+        )
+        canvas = {"max_new_tokens": 10, "steps": 5, "eos_token_id": ENDS, "pad_token_id": 1}
+        found, plain = (
+            generate(model, torch.tensor([prompt]), **canvas, **options)[0, len(prompt) :].tolist()
+            for options in (given, {})
+        )
+        assert found == expected
+        changed += found != plain
+    assert changed

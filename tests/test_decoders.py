@@ -521,11 +521,12 @@ def test_generate_takes_the_first_token_from_the_logits_before_it(folder, path):
 # ------------------------------------------------------------------------------------------------------------ trainers
 
 
-def trained(path, out, peft_config=None, **options):
+def trained(path, out, peft_config=None, quantization_config=None, **options):
     """By path, as the scripts do: model, tokenizer and reference are those of the folder."""
     options = {"num_mc_samples": 2, "bf16": False, "use_cpu": True, "report_to": [], "logging_steps": 1, **options}
     arguments = DiffusionVRPOConfig(str(out), learning_rate=1e-2, disable_tqdm=True, save_strategy="no", **options)
-    trainer = DiffusionVRPOTrainer(str(path), args=arguments, train_dataset=make_pairs(4), peft_config=peft_config)
+    adapting = {"peft_config": peft_config, "quantization_config": quantization_config}
+    trainer = DiffusionVRPOTrainer(str(path), args=arguments, train_dataset=make_pairs(4), **adapting)
     trainer.train()
     return trainer
 

@@ -22,12 +22,12 @@ from test_trainers import make_trainer
 
 pytestmark = pytest.mark.slow
 
-# All weights, with tied heads; adapters, with shifted logits, a tied head, on experts that not every token meets, on
-# encoders
+# All weights, with tied heads, block by block; adapters, with shifted logits and a tied head block by block, on experts
+# that not every token meets, on encoders
 CELLS = {
     "iLLaDA": (FOLDERS["iLLaDA"].model, None),
-    "Dream": (FOLDERS["Dream"].model, LoraConfig(r=4)),
-    "A2D-Qwen3": (FOLDERS["A2D-Qwen3"].model, LoraConfig(r=4)),
+    "SDAR": (FOLDERS["SDAR"].model, None),
+    "Fast-dLLM v2": (FOLDERS["Fast-dLLM v2"].model, LoraConfig(r=4)),
     "Nemotron": (FOLDERS["Nemotron"].model, LoraConfig(r=4)),
     "LLaDA-MoE": (FOLDERS["LLaDA-MoE"].model, LoraConfig(r=4, target_modules=EVERYWHERE)),
     "LLaDA2": (FOLDERS["LLaDA2"].model, LoraConfig(r=4, target_modules=LLADA2_EVERYWHERE)),
@@ -38,6 +38,7 @@ CELLS = {
     "electra": (partial(make_encoder, "electra", mask_token_id=2), LoraConfig(r=4)),
     "modernbert": (partial(make_encoder, "modernbert", mask_token_id=2), LoraConfig(r=4)),
 }
+LN2 = torch.tensor(2.0).log().item()
 REFUSED_BY_FSDP = {
     "bert": "`cls.predictions.decoder.bias` and `cls.predictions.bias`",
     "roberta": "`lm_head.decoder.bias` and `lm_head.bias`",
@@ -77,6 +78,7 @@ def test_two_processes_equal_one(on_one, sharded):
     assert codes == [0, 0], logs(on_one)
     for name in CELLS if not sharded else CELLS.keys() - REFUSED_BY_FSDP.keys():
         assert_the_same(on_one, name, 2)
+    assert torch.load(on_one / "SDAR 2.pt")[0][0] == LN2  # its reference is whole, and scored as shards are
 
 
 def refused_by_fsdp(folder):

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from block_reference import block_log_probs, numbers_of, of_model
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from oracles import subsets
 from peft import LoraConfig, get_peft_model
+from test_decoders import FOLDERS
 
 from trl_diffusion import Likelihood, likelihood
 from trl_diffusion.evaluation import likelihood as module
@@ -140,6 +142,47 @@ def test_a_text_that_is_too_long_is_scored_in_windows():
 def test_what_cannot_be_scored_is_named(texts, options, error, message):
     with pytest.raises(error, match=message):
         score(texts, **options)
+
+
+# Block by block
+
+
+def in_blocks(name):
+    """A model with blocks of four, and six tokens: a whole block, and a part of one."""
+    ids = make_tokenizer()("red green blue you say hi")["input_ids"]
+    return FOLDERS[name].model(), ids, numbers_of(6, 4), FOLDERS[name].shift
+
+
+def block_sum(found, hidden):
+    """Of the log-probabilities `found(masked)` of tokens that are `hidden` in one of the two blocks alone."""
+    masked = torch.zeros(1, 6, dtype=torch.bool)
+    masked[0, list(hidden)] = True
+    return found(masked)[0].double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["SDAR", "Fast-dLLM v2"])
+def test_a_likelihood_in_blocks_is_the_sum_of_theirs(name):
+    """By enumeration of every mask of every block, and of an order, each block behind clean ones."""
+    model, ids, numbers, shift = in_blocks(name)
+
+    def found(masked):
+        return block_log_probs(of_model(model), torch.tensor(ids), masked, numbers, shift)
+
+    exact, orders = 0.0, {"left_to_right": 0.0, "right_to_left": 0.0}
+    for block in ([0, 1, 2, 3], [4, 5]):
+        for m in subsets(len(block)):
+            weight = 1 / (len(m) * math.comb(len(block), len(m)))
+            exact += weight * block_sum(found, [block[i] for i in m]).sum().item()
+        for order in orders:
+            places = block if order == "left_to_right" else block[::-1]
+            for j, place in enumerate(places):
+                orders[order] += block_sum(found, places[j:])[place].item()
+    text = ["red green blue you say hi"]
+    for order, expected in orders.items():
+        assert score(text, model=model, method="chain_rule", order=order).nats == pytest.approx(expected, rel=1e-5)
+    estimate = score(text, model=model, num_mc_samples=512)
+    assert 0 < estimate.standard_error < 0.2 and abs(estimate.nats - exact) < 4 * estimate.standard_error
 
 
 # What is kept

@@ -7,7 +7,8 @@ By the chain rule, with s a permutation of the N tokens that are scored,
 
 in which everything that comes later in s is masked. It is a likelihood for every s, exact, and costs N forwards. The
 ELBO is the mean of these over all s (RADD, arXiv 2406.03736), estimated in any number of forwards. Both are sums over
-masks that the head scores: those of the chain rule have no randomness but that of s.
+masks that the head scores: those of the chain rule have no randomness but that of s. Under a block diffusion model both
+hold in each block, given the clean ones before it, and the log-likelihood is their sum: s is an order within blocks.
 """
 
 import math
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..estimators.draws import MaskDraws, draw_masks
 from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
-from ..models.families import family_of
+from ..models.families import blocks_of, family_of
 from ..models.positions import position_limit
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead, draws_at_hand
@@ -188,11 +189,13 @@ class _Scorer:
     def __call__(self, window: Window) -> dict[str, Any]:
         ids = torch.tensor([window.ids], device=self.model.device)
         maskable = torch.arange(len(window.ids), device=ids.device)[None] >= window.begin
+        real = torch.ones_like(maskable)
+        blocks = blocks_of(self.model.config, maskable, real)
         is_exact = "order" in self.drawing
         draw = partial(chain_rule, nonce=window.number) if is_exact else partial(draw_masks, rows=ids)
-        draws = draw(maskable, **self.drawing)
+        draws = draw(maskable, **self.drawing, blocks=blocks)
         head = ELBOHead(draws_at_hand, self.mask_token_id, self.draws_per_forward)
-        responses = cut(ids, torch.ones_like(maskable), draws, self.draws_per_forward)
+        responses = cut(ids, real, draws, self.draws_per_forward, blocks)
         out = head.score(self.model, responses, maskable, draws)
         error = 0.0 if is_exact else out.standard_error.item()
         size = {"tokens": len(window.ids) - window.begin, "bytes": window.bytes}
@@ -213,15 +216,22 @@ def _kept(windows: list[Window], score: _Scorer, key: dict[str, Any], folder: Pa
     return [ledger.rows[window.number] for window in windows]
 
 
-def chain_rule(maskable: torch.Tensor, order: str = "left_to_right", seed: int = 0, nonce: int = 0) -> MaskDraws:
+def chain_rule(
+    maskable: torch.Tensor,
+    order: str = "left_to_right",
+    seed: int = 0,
+    nonce: int = 0,
+    blocks: torch.Tensor | None = None,
+) -> MaskDraws:
     """
     The masks of the chain rule for one row, as draws: in the j-th the tokens from the j-th on are hidden, and the first
-    of these has the weight 1.
+    of these has the weight 1. Under a block diffusion model that is so in each of its blocks, all of them at once.
 
     Args:
         maskable: `(1, L)` bool, the tokens that are scored.
         order: one of [`ORDERS`].
         seed, nonce: of a random order.
+        blocks: `(1, L)` int64, of a block diffusion model the number of each token's block.
     """
     places = maskable[0].nonzero().squeeze(1)
     if order == "right_to_left":
@@ -229,9 +239,11 @@ def chain_rule(maskable: torch.Tensor, order: str = "left_to_right", seed: int =
     if order == "random":
         generator = torch.Generator().manual_seed((seed * 1_000_003 + nonce) % 2**63)
         places = places[torch.randperm(len(places), generator=generator).to(places.device)]
+    number = torch.zeros_like(places) if blocks is None else blocks[0, places]
+    together = number.unsqueeze(1) == number  # (N, N)
     rank = torch.full_like(maskable[0], -1, dtype=torch.long)
-    rank[places] = torch.arange(len(places), device=places.device)
-    steps = torch.arange(len(places), device=places.device).unsqueeze(1)  # (N, 1)
+    rank[places] = together.tril(-1).sum(1)  # how many of its block come before it
+    steps = torch.arange(int(rank.max()) + 1, device=places.device).unsqueeze(1)
     return MaskDraws((rank >= steps)[:, None], (rank == steps).float()[:, None])
 
 

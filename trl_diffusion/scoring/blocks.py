@@ -21,7 +21,7 @@ from .sharding import Backbone, is_sharded
 
 
 def block_score(
-    model: PreTrainedModel, backbone: Backbone, ids: torch.Tensor, stretch: Stretch, mask_token_id: int
+    model: PreTrainedModel, backbone: Backbone, ids: torch.Tensor, stretch: Stretch, mask_token_id: int, sharded: bool
 ) -> Score:
     """
     How the draws of a response are scored.
@@ -32,9 +32,11 @@ def block_score(
         ids: `(T,)` prompt and response.
         stretch: what is run of them.
         mask_token_id: the mask token.
+        sharded: whether the run shards weights. Policy and reference go one way, whichever of them is whole at present:
+            in bfloat16 the two ways round otherwise.
     """
     text = _Text(model, ids, stretch, mask_token_id)
-    if is_sharded(model):
+    if sharded or is_sharded(model):
         return Score(partial(text.score_apart, backbone))
     return Score(text.score, text.read if stretch.clean else None)
 

@@ -74,6 +74,7 @@ class ELBOHead:
             fit in a budget of tokens.
         elbo_gradient: how gradients are computed, one of [`GRADIENT_MODES`].
         obstacle: what is known against an immediate gradient, beyond what the model shows.
+        sharded: whether the run shards weights, be they whole where this model is scored.
         announce: told once what `elbo_gradient="auto"` has picked, and why.
         observer: called with the output of every request, for diagnostics.
     """
@@ -83,6 +84,7 @@ class ELBOHead:
     draws_per_forward: int | None = None
     elbo_gradient: str = "auto"
     obstacle: str = ""
+    sharded: bool = False
     announce: Callable[[str], None] | None = None
     observer: Callable[[ELBOHeadOutput], None] | None = None
     _chosen: WeakKeyDictionary[torch.nn.Module, str] = field(
@@ -152,7 +154,7 @@ class ELBOHead:
 
     def _of(self, model, backbone, response) -> Score:
         if response.stretch is not None:
-            return block_score(model, backbone, response.ids, response.stretch, self.mask_token_id)
+            return block_score(model, backbone, response.ids, response.stretch, self.mask_token_id, self.sharded)
         return Score(partial(_score_draws, model, backbone, response.ids, self.mask_token_id))
 
     def _gradient_mode(self, model, num_responses) -> str:

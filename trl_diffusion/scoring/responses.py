@@ -71,7 +71,7 @@ def cut(
     real: torch.Tensor,
     draws: MaskDraws,
     draws_per_forward: int | None,
-    blocks: torch.Tensor | None = None,
+    blocks: torch.Tensor | None,
 ) -> list[Response]:
     """
     The responses of a batch.
@@ -81,7 +81,7 @@ def cut(
         real: `(B, L)` bool, the tokens that are not padding.
         draws: masks and weights.
         draws_per_forward: draws of a response that run together; by default as many as fit in a budget of tokens.
-        blocks: `(B, L)` int64, of a block diffusion model the number of each token's block.
+        blocks: `(B, L)` int64, of a block diffusion model the number of each token's block; None is said of others.
     """
     real_here, masked_here = real.cpu(), draws.masked.cpu()
     blocks_here = None if blocks is None else blocks.cpu()

@@ -182,6 +182,7 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
             draws_per_forward=self.args.draws_per_forward,
             elbo_gradient=self.args.elbo_gradient,
             obstacle=obstacle,
+            sharded=self._shards_weights(),
             announce=logger.info,
             observer=self._diagnostics.observe,
         )
@@ -192,7 +193,10 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         """Mixed precision and sharding may be asked for outside the arguments, by `accelerate launch`."""
         if self.accelerator.scaler is not None:
             return SCALED
-        return SHARDED if self.is_fsdp_enabled or is_deepspeed_zero3_enabled() else ""
+        return SHARDED if self._shards_weights() else ""
+
+    def _shards_weights(self) -> bool:
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     # The run
 

@@ -20,7 +20,6 @@ from ..models.alignment import check_shift
 from ..models.denoiser import resolve_mask_token_id
 from ..models.trying import evaluating
 from ..scoring.adapters import refuse_half_of_a_tie
-from ..scoring.gradients import SHARDED
 from ..scoring.head import FIXED_NONCE, on_draws
 from ..scoring.precision import warn_of_lost_updates
 from ..scoring.ready_adapter import tensors_of
@@ -80,7 +79,7 @@ def try_shift(trainer: Any) -> None:
 
     Warns of a model for which the data are worse than noise.
     """
-    if trainer._obstacle_to_immediate() == SHARDED or trainer.train_dataset is None:
+    if trainer._shards_weights() or trainer.train_dataset is None:
         return
     model, column = trainer.accelerator.unwrap_model(trainer.model), trainer._completion_columns[0]
     rows = ((row["prompt_ids"], row[column]) for row in trainer.train_dataset)
