@@ -289,6 +289,7 @@ def test_stable_diffcoder_in_4_bits(tmp_path):
     """Loaded by its path, its head spared, it is scored as the function of its rounded weights that it is."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     path = STABLE.write(tmp_path / "published", mask_token_id=2)
+    make_tokenizer(with_mask=True).save_pretrained(path)
     quantization = spare_in_quantization(NF4, AutoConfig.from_pretrained(path))
     loading = {"quantization_config": quantization, "dtype": torch.float32}
     model = StableDiffcoderForCausalLM.from_pretrained(path, **loading).train()
@@ -335,7 +336,8 @@ def test_each_switch_of_the_sampler_acts_in_blocks(switch, monkeypatch):
     model, changed = make_llama(), 0
     with torch.no_grad():
         model.get_output_embeddings().weight[ENDS] *= 3
-    for prompt in PROMPTS:
+    others = torch.randint(6, 30, (12, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    for prompt in [*PROMPTS, *others]:
         expected = naive_block_response(
             of_model(model),
             *(prompt, 4, 1),
