@@ -341,11 +341,11 @@ def test_each_switch_of_the_sampler_acts_in_blocks(switch, monkeypatch):
         expected = naive_block_response(
             of_model(model),
             *(prompt, 4, 1),
-            **{"max_new_tokens": 10, "steps": 5, "ends": ENDS, "pad": 1},
+            **{"max_new_tokens": 10, "steps": 10, "ends": ENDS, "pad": 1},
             sure=lambda log_probs, token: sure(log_probs, token, by_hand.get("how", "low_confidence")),
             **switches,
         )
-        canvas = {"max_new_tokens": 10, "steps": 5, "eos_token_id": ENDS, "pad_token_id": 1}
+        canvas = {"max_new_tokens": 10, "steps": 10, "eos_token_id": ENDS, "pad_token_id": 1}
         found, plain = (
             generate(model, torch.tensor([prompt]), **canvas, **options)[0, len(prompt) :].tolist()
             for options in (given, {})
