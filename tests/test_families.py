@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trl_diffusion import MaskSampler, elbo
+from trl_diffusion import MaskSampler, elbo, likelihood
 from trl_diffusion.models import families
 from trl_diffusion.models.chat_template import use_training_template
 from trl_diffusion.models.decoders.family import DECODERS
@@ -206,6 +206,18 @@ def test_generate_is_the_naive_sampler(row, arguments):
             expected, _ = naive_response(in_place(model, row.shift), prompt, **arguments, pad=1)
         sequences = generate(model, torch.tensor([prompt]), **arguments, eos_token_id=[0], pad_token_id=1)
         assert sequences[0, len(prompt) :].tolist() == expected
+
+
+@torch.no_grad()
+def test_the_likelihood_of_a_text_honours_a_shift():
+    """Each token from the logits that predict it, those before it shown and those after it hidden."""
+    model, text = FOLDERS["Dream"].model(), "what is one plus two"
+    ids, nats = make_tokenizer()(text)["input_ids"], 0.0
+    for place, token in enumerate(ids):
+        noised = torch.tensor([ids[:place] + [2] * (len(ids) - place)])
+        nats += in_place(model, 1)(noised).logits[0, place].log_softmax(-1)[token].item()
+    found = likelihood(model, make_tokenizer(), [text], method="chain_rule", order="left_to_right")
+    assert found.nats == pytest.approx(nats, rel=1e-5)
 
 
 class Called(torch.nn.Module):
