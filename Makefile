@@ -24,11 +24,12 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 
 # DeepSpeed builds on a machine without a compiler for GPUs if it is told to build no kernels, and with torch in reach.
 # Tests alone need it: whoever trains on GPUs installs it for these.
-$(VENV)/.tests: $(VENV)/.installed requirements-deepspeed.txt
+$(VENV)/.tests: $(VENV)/.installed requirements-deepspeed.txt requirements-eval.txt
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check setuptools wheel
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-deepspeed.txt
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation deepspeed==0.19.8
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-eval.txt
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -39,7 +39,7 @@ def checkpoint(tmp_path):
 def test_it_says_what_there_is(capsys, arguments):
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in COMMANDS) and "usage: trl-diffusion COMMAND" in text
+    assert all(f"    {name} " in text for name in (*COMMANDS, "lm-eval")) and "usage: trl-diffusion COMMAND" in text
 
 
 def test_a_command_that_is_none(capsys):

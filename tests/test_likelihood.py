@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,37 @@ def test_the_elbo_is_the_mean_of_the_chain_rule_over_all_orders():
     assert exact_elbo(model, ids) == pytest.approx(exact, rel=1e-6)
     found = score([TEXTS[0]], model=model, num_mc_samples=512)
     assert 0 < found.standard_error < 0.2 and abs(found.nats - exact) < 4 * found.standard_error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["t_dce", "lambda_dce", "k_dce"])
+def test_the_losses_of_radd_are_one_in_expectation(method):
+    """t-DCE, lambda-DCE and k-DCE against the ELBO over every mask."""
+    model, ids = make_model(), make_tokenizer()(TEXTS[0])["input_ids"]
+    found = score([TEXTS[0]], model=model, method=method, num_mc_samples=512)
+    assert 0 < found.standard_error < 1 and abs(found.nats - exact_elbo(model, ids)) < 4 * found.standard_error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["elbo", "chain_rule"])
+def test_guidance_by_the_prompt(method):
+    """With logits added by hand, over every mask and in order; without strength nothing changes."""
+    model, rows = make_model(), Dataset.from_dict({"prompt": ["what is "], "completion": ["one plus two"]})
+    ids, weight = make_tokenizer()("what is one plus two")["input_ids"], 0.7
+
+    class Guided:
+        def __call__(self, noised):
+            alone = noised.clone()
+            alone[:, :2] = MASK
+            return SimpleNamespace(logits=(1 + weight) * model(noised).logits - weight * model(alone).logits)
+
+    hidden = [tuple(2 + i for i in m) for m in subsets(3)]
+    exact = sum(sum(log_probs(Guided(), ids, m).values()) / (len(m) * math.comb(3, len(m))) for m in hidden)
+    exact = by_chain_rule(Guided(), ids, [2, 3, 4]) if method == "chain_rule" else exact
+    found = score(rows, model=model, method=method, num_mc_samples=256, cfg_scale=weight)
+    plain = score(rows, model=model, method=method, num_mc_samples=256)
+    assert abs(found.nats - exact) <= 4 * found.standard_error + 1e-4 and abs(found.nats - plain.nats) > 0.1
+    assert score(rows, model=model, method=method, num_mc_samples=256, cfg_scale=0).nats == plain.nats
 
 
 @torch.no_grad()
@@ -127,6 +159,9 @@ def test_a_text_that_is_too_long_is_scored_in_windows():
         (["say <|mdm_mask|>"], {}, ValueError, "Text 0 contains the mask token"),
         ("say hi", {}, TypeError, "must be a `Dataset` or a list of texts, got `str`"),
         (Dataset.from_dict({"body": ["hi"]}), {}, ValueError, r"has the columns \['body'\], and needs `text`"),
+        (["say hi"], {"method": "k_dce", "mask_scheme": "bernoulli"}, ValueError, "'k_dce'` says itself how masks are"),
+        (["say hi"], {"cfg_scale": 0.5}, ValueError, "`cfg_scale=0.5` guides by the prompt, and a text has none"),
+        (["say hi"], {"cfg_scale": -1}, ValueError, "`cfg_scale` must be a finite number that is not negative"),
         (["say hi"], {"method": "exact"}, ValueError, "`method` must be one of"),
         (["say hi"], {"order": "best"}, ValueError, "`order` one of"),
         (["say hi"], {"num_mc_samples": 0}, ValueError, "`num_mc_samples` must be at least 1"),
@@ -191,7 +226,7 @@ def test_a_likelihood_in_blocks_is_the_sum_of_theirs(name):
 def test_an_interrupted_call_goes_on(tmp_path, monkeypatch):
     whole = score(num_mc_samples=4)
     calls = []
-    plain = module._Scorer.__call__
+    plain = module.Scorer.__call__
 
     def counted(scorer, window):
         if len(calls) == 2:
@@ -200,11 +235,11 @@ def test_an_interrupted_call_goes_on(tmp_path, monkeypatch):
         return plain(scorer, window)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Scorer, "__call__", counted)
+        patch.setattr(module.Scorer, "__call__", counted)
         score(num_mc_samples=4, output_dir=str(tmp_path))
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(module._Scorer, "__call__", counted)
+        patch.setattr(module.Scorer, "__call__", counted)
         found = score(num_mc_samples=4, output_dir=str(tmp_path))
     assert calls == [2] and found.nats == whole.nats and found.standard_error == whole.standard_error
     with pytest.raises(ValueError, match="is of another run: `num_mc_samples` was 4 and is 8"):

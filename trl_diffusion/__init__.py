@@ -8,7 +8,7 @@ same that there are more model types than it has itself.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._after_import import after_import, register_configurations
+from ._after_import import after_import, register_configurations, register_with_harness
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .estimators.elbo import ELBO, elbo
     from .evaluation.callback import WinRateCallback
     from .evaluation.comparing import SamplingComparison, compare_sampling
-    from .evaluation.likelihood import Likelihood, likelihood
+    from .evaluation.likelihood import likelihood
     from .evaluation.pairs import sample_pairs
+    from .evaluation.perplexity import Likelihood
     from .models import LLaDAConfig, LLaDAModelLM
     from .planning.memory import MemoryEstimate, estimate_memory
     from .trainers.elbo_kto.config import ELBOKTOConfig
@@ -43,7 +44,7 @@ _HOMES = {
     "FamilyReport": "checks.family",
     "LLaDAConfig": "models",
     "LLaDAModelLM": "models",
-    "Likelihood": "evaluation.likelihood",
+    "Likelihood": "evaluation.perplexity",
     "MaskDraws": "estimators.draws",
     "MaskSampler": "estimators.draws",
     "MemoryEstimate": "planning.memory",
@@ -102,3 +103,4 @@ def __dir__() -> list[str]:
 
 
 after_import("transformers.models.auto.configuration_auto", register_configurations)
+after_import("lm_eval.models", register_with_harness)

@@ -90,3 +90,10 @@ def register_configurations(auto: Any) -> None:
     for model_type, class_name in _CONFIGURATIONS.items():
         auto.CONFIG_MAPPING._mapping[model_type] = class_name
         auto.CONFIG_MAPPING._modules[auto.model_type_to_module_name(model_type)] = Unimported("trl_diffusion.models")
+
+
+def register_with_harness(models: Any) -> None:
+    """Tell lm-evaluation-harness, whose `models` have just been imported, of its model `trl_diffusion`."""
+    registry = getattr(import_module("lm_eval.api.registry"), "model_registry", None)
+    if registry is not None:  # in older ones a model is known once its class is imported
+        registry.register("trl_diffusion", target="trl_diffusion.evaluation.harness:DiffusionLM")

@@ -7,10 +7,9 @@ from typing import Any
 from accelerate import PartialState
 from datasets import load_dataset
 
-from ..checks.launch import check_launch_to_use
-from ..models.denoiser import resolve_mask_token_id
+from ..evaluation.ready import load_ready
 from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
-from ..trainers.loading import find_adapter, find_model, load_model, load_tokenizer
+from ..trainers.loading import find_adapter
 
 
 @dataclass
@@ -131,7 +130,6 @@ def split_of(dataset: Any, option: str, script_args: Any) -> Any:
 
 def load_to_use(model_args: Any, use_cpu: bool) -> tuple[Any, Any]:
     """The model, with its adapter if the path is that of one, on its device and ready to be asked; its tokenizer."""
-    check_launch_to_use()
     device = PartialState(cpu=use_cpu).device
     options = {
         "trust_remote_code": model_args.trust_remote_code,
@@ -142,11 +140,7 @@ def load_to_use(model_args: Any, use_cpu: bool) -> tuple[Any, Any]:
         "device_map": None if device.type == "cpu" else {"": device},
     }
     options = {name: value for name, value in options.items() if value is not None or name == "device_map"}
-    source = find_model(model_args.model_name_or_path, options)
-    tokenizer = load_tokenizer(source, options)
-    model = load_model(source, options).eval().requires_grad_(False)
-    model.config.mask_token_id = resolve_mask_token_id(source.config, tokenizer)
-    return model, tokenizer
+    return load_ready(model_args.model_name_or_path, options)
 
 
 def load_rows(script_args: Any, split: str) -> Any:

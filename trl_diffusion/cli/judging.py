@@ -31,10 +31,13 @@ class ScoreArguments:
     )
     method: str = field(
         default="elbo",
-        metadata={"help": "A Monte Carlo estimate, or the chain rule in one order.", "choices": list(METHODS)},
+        metadata={"help": "The ELBO, the chain rule in one order, or one of RADD's losses.", "choices": list(METHODS)},
     )
     order: str = field(default="left_to_right", metadata={"help": "Of the chain rule.", "choices": list(ORDERS)})
     num_mc_samples: int = field(default=128, metadata={"help": "Mask draws for each text."})
+    cfg_scale: float = field(
+        default=0.0, metadata={"help": "Strength of classifier-free guidance by the prompt; 0 is off."}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens that are scored together; longer texts are cut into windows."}
     )
@@ -64,7 +67,7 @@ def score(script_args: Any, model_args: Any, arguments: ScoreArguments) -> None:
     else:
         texts = load_rows(script_args, "dataset_test_split")
     model, tokenizer = load_to_use(model_args, arguments.use_cpu)
-    options = ("method", "order", "num_mc_samples", "max_length", "seed", "output_dir")
+    options = ("method", "order", "num_mc_samples", "cfg_scale", "max_length", "seed", "output_dir")
     print(likelihood(model, tokenizer, texts, **{name: getattr(arguments, name) for name in options}))
 
 

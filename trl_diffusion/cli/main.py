@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("answering", "GENERATE", "answer prompts with the diffusion sampler"),
     "merge": ("merging", "MERGE", "merge an adapter into its base model"),
 }
+_HARNESS = ("lm-eval", "benchmarks of lm-evaluation-harness, with its own options")
 _LAUNCH = ("--accelerate_config", "--num_processes")
 
 
@@ -31,12 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(overview())
         return 0
-    if name not in COMMANDS:
-        nearest = get_close_matches(name, COMMANDS, n=1)
-        hint = f"Did you mean `{nearest[0]}`?" if nearest else f"The commands are {', '.join(COMMANDS)}."
+    if name not in (*COMMANDS, _HARNESS[0]):
+        nearest = get_close_matches(name, [*COMMANDS, _HARNESS[0]], n=1)
+        hint = f"Did you mean `{nearest[0]}`?" if nearest else f"The commands are {', '.join(COMMANDS)}, {_HARNESS[0]}."
         print(f"trl-diffusion: error: `{name}` is not a command. {hint}", file=sys.stderr)
         return 2
     quiet_start()
+    if name == _HARNESS[0]:
+        from .harness import harness
+
+        return harness(options)
     module, attribute, _ = COMMANDS[name]
     command = getattr(import_module(f".{module}", __package__), attribute)
     if not options:
@@ -59,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def overview() -> str:
     """What there is."""
-    lines = [f"    {name:<14}{about}" for name, (_, _, about) in COMMANDS.items()]
+    named = [*((name, about) for name, (_, _, about) in COMMANDS.items()), _HARNESS]
+    lines = [f"    {name:<16}{about}" for name, about in named]
     head = "Masked diffusion language models, from a dataset to a judged model."
     tail = (
         "A command without options explains itself; with `--help` it lists them. They may stand in a YAML file\n"

@@ -45,7 +45,8 @@ class Answerer:
         self._seed, self.arguments = seed, arguments
         configs = (getattr(self.model, "generation_config", None),)
         sampler, _ = read_arguments(self.model.config, configs, dict(arguments), 0)
-        refuse_long(prompts, sampler.max_new_tokens, position_limit(self.model))
+        self.max_new_tokens = sampler.max_new_tokens
+        refuse_long(prompts, self.max_new_tokens, position_limit(self.model))
         vocabulary = tokenizer.get_vocab()
         ends = [vocabulary[token] for token in family_of(self.model.config).end_of_turn if token in vocabulary]
         self._ends = {*ends, tokenizer.eos_token_id}

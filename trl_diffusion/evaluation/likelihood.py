@@ -11,8 +11,7 @@ masks that the head scores: those of the chain rule have no randomness but that 
 hold in each block, given the clean ones before it, and the log-likelihood is their sum: s is an order within blocks.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..estimators.draws import MaskDraws, draw_masks
+from ..estimators.elbo import elbo
 from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
 from ..models.families import blocks_of, family_of
 from ..models.positions import position_limit
@@ -33,65 +33,19 @@ from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead, draws_at_hand
 from ..scoring.key import scoring_key
 from ..scoring.responses import cut
+from .guidance import check_guidance, guided
 from .ledger import Ledger, processes_of
+from .perplexity import Likelihood
 from .windows import Window, windows_of
 
-METHODS = ("elbo", "chain_rule")
+# RADD's losses as Monte Carlo estimates of the ELBO: t-DCE, in the noise level of a time t, is lambda-DCE in the
+# probability lambda(t) that a token is hidden; k-DCE is in the number of hidden tokens
+_BY_LEVEL = {"scheme": "bernoulli", "stratify": True, "control_variate": "none"}
+_BY_COUNT = {"scheme": "fixed_count", "stratify": False, "control_variate": "none"}
+LOSSES = {"t_dce": _BY_LEVEL, "lambda_dce": _BY_LEVEL, "k_dce": _BY_COUNT}
+METHODS = ("elbo", "chain_rule", *LOSSES)
+_SCHEME_BY_DEFAULT = {"scheme": "mirror", "stratify": True, "control_variate": "leave_one_out"}
 ORDERS = ("left_to_right", "right_to_left", "random")
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """
-    Of some texts together. `str()` is a table.
-
-    Args:
-        nats: estimate of their log-likelihood: the ELBO, a lower bound, or the chain rule's.
-        standard_error: of the estimate, from the spread of its masks; 0 by the chain rule. NaN for a single draw.
-        tokens: that were scored.
-        bytes: of the texts that these tokens stand for, in UTF-8.
-        rows: `nats`, `standard_error`, `tokens` and `bytes` of each text, or of each window of one.
-    """
-
-    nats: float
-    standard_error: float
-    tokens: int
-    bytes: int
-    rows: tuple[dict[str, Any], ...]
-
-    @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]]) -> "Likelihood":
-        """Of rows that were scored independently."""
-        error = math.sqrt(sum(row["standard_error"] ** 2 for row in rows))
-        nats, tokens, size = (sum(row[name] for row in rows) for name in ("nats", "tokens", "bytes"))
-        return cls(nats, error, tokens, size, tuple(rows))
-
-    def perplexity(self, unit: str = "tokens") -> tuple[float, float]:
-        """
-        `exp(-nats / number of units)` and its standard error, to first order; of an ELBO an upper bound.
-
-        Args:
-            unit: `"tokens"` or `"bytes"`.
-        """
-        number = getattr(self, unit)
-        value = math.exp(-self.nats / number)
-        return value, value * self.standard_error / number
-
-    @property
-    def bits_per_byte(self) -> tuple[float, float]:
-        """`-log2(p) / bytes` and its standard error."""
-        return -self.nats / self.bytes / math.log(2), self.standard_error / self.bytes / math.log(2)
-
-    def __str__(self) -> str:
-        named = {
-            "nats": (self.nats, self.standard_error),
-            "nats per token": (self.nats / self.tokens, self.standard_error / self.tokens),
-            "perplexity per token": self.perplexity(),
-            "perplexity per byte": self.perplexity("bytes"),
-            "bits per byte": self.bits_per_byte,
-        }
-        head = f"{len(self.rows)} texts or windows, {self.tokens} tokens, {self.bytes} bytes"
-        return "\n".join([head, *(f"{name:<22}{value:>14.4f} ± {error:.4f}" for name, (value, error) in named.items())])
 
 
 def likelihood(
@@ -105,6 +59,7 @@ def likelihood(
     mask_scheme: str = "mirror",
     stratify: bool = True,
     control_variate: str = "leave_one_out",
+    cfg_scale: float = 0.0,
     max_length: int | None = None,
     draws_per_forward: int | None = None,
     seed: int = 0,
@@ -118,10 +73,14 @@ def likelihood(
         tokenizer: its own.
         texts: a dataset with a column `text`, or with `prompt` and `completion`, of which the completion is scored; or
             a list of texts. Texts are scored whole, from their first token on.
-        method: `"elbo"`, or `"chain_rule"`.
+        method: `"elbo"`, or `"chain_rule"`; or the ELBO by one of RADD's losses, `"t_dce"`, `"lambda_dce"` and
+            `"k_dce"`, which say themselves how masks are drawn.
         order: of the chain rule; `"random"` draws one for each text from `seed`.
         num_mc_samples: draws for each text.
         mask_scheme, stratify, control_variate: how masks are drawn, as in the trainers.
+        cfg_scale: strength w of unsupervised classifier-free guidance (SMDM, arXiv 2410.18514), as in the sampler: the
+            likelihood is that of  (1 + w) * logits - w * logits where the prompt is hidden.  0 is off; otherwise texts
+            need prompts, and each draw costs two forwards.
         max_length: tokens that are scored together; by default as many as the model has positions for. A longer text is
             cut into windows, each of which is scored by itself. A prompt is never cut.
         draws_per_forward: masks that run through the model together.
@@ -135,30 +94,77 @@ def likelihood(
         ValueError: values that do not fit, no texts, one without a token or with the mask token, a prompt that leaves
             no room, or a folder with rows of another run.
     """
-    scorer = _Scorer.of(model, tokenizer, draws_per_forward, _drawing(method, order, seed))
-    scheme = {"num_mc_samples": num_mc_samples, "scheme": mask_scheme, "stratify": stratify}
-    if method == "elbo":
-        scorer.drawing.update(scheme, control_variate=control_variate)
-    limits = [limit for limit in (max_length, position_limit(scorer.model)) if limit is not None]
-    windows = windows_of(
-        _rows(texts), tokenizer, scorer.mask_token_id, min(limits, default=None), scorer.first_is_shown
+    windows, scorer = prepared(
+        model,
+        tokenizer,
+        texts,
+        method=method,
+        order=order,
+        num_mc_samples=num_mc_samples,
+        mask_scheme=mask_scheme,
+        stratify=stratify,
+        control_variate=control_variate,
+        cfg_scale=cfg_scale,
+        max_length=max_length,
+        draws_per_forward=draws_per_forward,
+        seed=seed,
     )
-    with evaluating(scorer.model), torch.no_grad():
-        if output_dir is None:
-            return Likelihood.of([scorer(window) for window in tqdm(windows, desc="scoring")])
-        function = scoring_key(model, scorer.mask_token_id, "no")
-        key = {"model": hash_module(model), "function": function, "texts": _hash(windows), **scorer.drawing}
-        return Likelihood.of(_kept(windows, scorer, key, Path(output_dir)))
+    if output_dir is None:
+        return Likelihood.of(list(scored(tqdm(windows, desc="scoring"), scorer)))
+    function = scoring_key(model, scorer.mask_token_id, "no")
+    key = {"model": hash_module(model), "function": function, "texts": _hash(windows), **scorer.drawing}
+    key |= {"cfg_scale": cfg_scale} if cfg_scale else {}
+    return Likelihood.of(_kept(windows, scorer, key, Path(output_dir)))
+
+
+def prepared(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Any,
+    *,
+    method: str = "elbo",
+    order: str = "left_to_right",
+    num_mc_samples: int = 128,
+    mask_scheme: str = "mirror",
+    stratify: bool = True,
+    control_variate: str = "leave_one_out",
+    cfg_scale: float = 0.0,
+    max_length: int | None = None,
+    draws_per_forward: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Window], "Scorer"]:
+    """What [`likelihood`] scores, and with what."""
+    drawing = _drawing(method, order, seed)
+    scheme = {"scheme": mask_scheme, "stratify": stratify, "control_variate": control_variate}
+    if method in LOSSES and scheme != _SCHEME_BY_DEFAULT:
+        raise ValueError(
+            f"`method={method!r}` says itself how masks are drawn: leave `mask_scheme`, `stratify` and "
+            f"`control_variate` out, got {scheme}."
+        )
+    if method != "chain_rule":
+        drawing |= {"num_mc_samples": num_mc_samples, **LOSSES.get(method, scheme)}
+    scorer = Scorer.of(model, tokenizer, draws_per_forward, drawing, cfg_scale)
+    limits = [limit for limit in (max_length, position_limit(scorer.model)) if limit is not None]
+    longest = min(limits, default=None)
+    return windows_of(_rows(texts), tokenizer, scorer.mask_token_id, longest, scorer.first_is_shown), scorer
+
+
+def scored(windows: Iterable[Window], scorer: "Scorer") -> Iterator[dict[str, Any]]:
+    """The row of each window, one by one."""
+    for window in windows:
+        with evaluating(scorer.model), torch.no_grad():
+            row = scorer(window)
+        yield row
 
 
 def _drawing(method: str, order: str, seed: int) -> dict[str, Any]:
     if method not in METHODS or order not in ORDERS:
         raise ValueError(f"`method` must be one of {METHODS}, `order` one of {ORDERS}, got {method!r} and {order!r}.")
-    return {"seed": seed} if method == "elbo" else {"order": order, "seed": seed}
+    return {"order": order, "seed": seed} if method == "chain_rule" else {"seed": seed}
 
 
 @dataclass(frozen=True)
-class _Scorer:
+class Scorer:
     """
     Scores windows.
 
@@ -167,19 +173,24 @@ class _Scorer:
         mask_token_id: the mask token.
         draws_per_forward: masks that run together.
         drawing: how masks are drawn; with an `order` by the chain rule.
+        cfg_scale: strength of guidance by the prompt.
     """
 
     model: Any
     mask_token_id: int
     draws_per_forward: int | None
     drawing: dict[str, Any]
+    cfg_scale: float = 0.0
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, draws_per_forward: int | None, drawing: dict[str, Any]) -> "_Scorer":
+    def of(
+        cls, model: Any, tokenizer: Any, draws_per_forward: int | None, drawing: dict[str, Any], cfg_scale: float
+    ) -> "Scorer":
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         mask_token_id = resolve_mask_token_id(base.config, tokenizer)
         check_denoiser(base, mask_token_id)
-        return cls(base, mask_token_id, draws_per_forward, drawing)
+        check_guidance(base.config, cfg_scale)
+        return cls(base, mask_token_id, draws_per_forward, drawing, cfg_scale)
 
     @property
     def first_is_shown(self) -> bool:
@@ -194,15 +205,19 @@ class _Scorer:
         is_exact = "order" in self.drawing
         draw = partial(chain_rule, nonce=window.number) if is_exact else partial(draw_masks, rows=ids)
         draws = draw(maskable, **self.drawing, blocks=blocks)
-        head = ELBOHead(draws_at_hand, self.mask_token_id, self.draws_per_forward)
-        responses = cut(ids, real, draws, self.draws_per_forward, blocks)
-        out = head.score(self.model, responses, maskable, draws)
+        if self.cfg_scale:
+            denoiser = guided(self.model, ~maskable, self.cfg_scale, self.mask_token_id)
+            out = elbo(denoiser, ids, maskable, draws=draws, mask_token_id=self.mask_token_id)
+        else:
+            head = ELBOHead(draws_at_hand, self.mask_token_id, self.draws_per_forward)
+            responses = cut(ids, real, draws, self.draws_per_forward, blocks)
+            out = head.score(self.model, responses, maskable, draws)
         error = 0.0 if is_exact else out.standard_error.item()
         size = {"tokens": len(window.ids) - window.begin, "bytes": window.bytes}
         return {"nats": out.value.double().item(), "standard_error": error, **size}
 
 
-def _kept(windows: list[Window], score: _Scorer, key: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _kept(windows: list[Window], score: Scorer, key: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Rows of all windows, each scored by one process and kept."""
     state = processes_of(score.model)
     ledger = Ledger(folder, "likelihood", key, state.process_index)
@@ -210,7 +225,7 @@ def _kept(windows: list[Window], score: _Scorer, key: dict[str, Any], folder: Pa
     mine = windows[state.process_index :: state.num_processes]
     for window in tqdm(mine, desc="scoring", disable=not state.is_main_process):
         if window.number not in ledger.rows:
-            ledger.add(window.number, **score(window))
+            ledger.add(window.number, **next(scored([window], score)))
     state.wait_for_everyone()
     ledger.read()
     return [ledger.rows[window.number] for window in windows]

@@ -5,18 +5,22 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ..models.end_of_text import added_tokens
+
 
 @dataclass(frozen=True)
 class Window:
     """
     Args:
         number: among all windows.
+        text: number of the text that it is of.
         ids: tokens.
         begin: the first that is scored.
         bytes: of what is scored, in UTF-8.
     """
 
     number: int
+    text: int
     ids: list[int]
     begin: int
     bytes: int
@@ -42,13 +46,11 @@ def windows_of(
     """
     if not rows:
         raise ValueError("`texts` is empty: give at least one.")
-    bare, whole = (tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
-    before = whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
+    before, _ = added_tokens(tokenizer)
     windows: list[Window] = []
     for number, row in enumerate(rows):
         text = row["prompt"] + row["completion"] if "prompt" in row else row["text"]
-        ids = [*before, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        shown = [*before, *tokenizer(row.get("prompt", ""), add_special_tokens=False)["input_ids"]]
+        ids, shown = (beginning(part, tokenizer, before) for part in (text, row.get("prompt", "")))
         begin = next((i for i, pair in enumerate(zip(ids, shown, strict=False)) if pair[0] != pair[1]), len(shown))
         begin = max(begin, int(first_is_shown))
         if begin >= len(ids):
@@ -62,8 +64,14 @@ def windows_of(
             )
         scored = row.get("completion", text)
         for part, start, size in _parts(ids, begin, scored, tokenizer, longest):
-            windows.append(Window(len(windows), part, start, size))
+            windows.append(Window(len(windows), number, part, start, size))
     return windows
+
+
+def beginning(text: str, tokenizer: PreTrainedTokenizerBase, before: list[int]) -> list[int]:
+    """Tokens of a text that goes on: after `before`, once, which a chat template may have written already."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 def _parts(
