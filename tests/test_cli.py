@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 
 from trl_diffusion.cli import launch
@@ -193,3 +194,13 @@ def test_a_launch_is_accelerates(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["vrpo", "--config", str(tmp_path / "options.yaml")])
     assert "`--accelerate_config` in the YAML file is not an option. It says how" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_has_said_why(monkeypatch):
+    """In a line of its own, to which no traceback of the launcher is added."""
+
+    def fails(arguments):
+        raise ChildFailedError("main", {0: ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file="none")})
+
+    monkeypatch.setattr(launch, "launch_command", fails)
+    assert main(["merge", "--num_processes", "2"]) == 1
