@@ -18,7 +18,7 @@ REMASKING = ("low_confidence", "topk_margin", "entropy", "random", "ancestral")
 BLOCK_CACHES = ("prefix", "dual")
 _DEFAULT_MAX_NEW_TOKENS = 128
 # Arguments of autoregressive decoding that change nothing here: with any value, and with the value that is off
-_HARMLESS = {"use_cache", "cache_implementation", "max_length", "transformers_version", "tokenizer"}
+_HARMLESS = {"use_cache", "cache_implementation", "max_length", "transformers_version"}
 _OFF = GenerationConfig._get_default_generation_params() | {"top_k": 0}
 _TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id", "decoder_start_token_id"}
 
