@@ -24,7 +24,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..estimators.draws import MaskDraws, draw_masks
+from ..estimators.draws import draw_masks
 from ..estimators.elbo import elbo
 from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
 from ..models.families import blocks_of, family_of
@@ -33,6 +33,7 @@ from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead, draws_at_hand
 from ..scoring.key import scoring_key
 from ..scoring.responses import cut
+from .exact import ORDERS, chain_rule, every_mask
 from .guidance import check_guidance, guided
 from .ledger import Ledger, processes_of
 from .perplexity import Likelihood
@@ -45,7 +46,6 @@ _BY_COUNT = {"scheme": "fixed_count", "stratify": False, "control_variate": "non
 LOSSES = {"t_dce": _BY_LEVEL, "lambda_dce": _BY_LEVEL, "k_dce": _BY_COUNT}
 METHODS = ("elbo", "chain_rule", *LOSSES)
 _SCHEME_BY_DEFAULT = {"scheme": "mirror", "stratify": True, "control_variate": "leave_one_out"}
-ORDERS = ("left_to_right", "right_to_left", "random")
 
 
 def likelihood(
@@ -76,7 +76,8 @@ def likelihood(
         method: `"elbo"`, or `"chain_rule"`; or the ELBO by one of RADD's losses, `"t_dce"`, `"lambda_dce"` and
             `"k_dce"`, which say themselves how masks are drawn.
         order: of the chain rule; `"random"` draws one for each text from `seed`.
-        num_mc_samples: draws for each text.
+        num_mc_samples: draws for each text. By `"elbo"` a text of so few tokens that there are no more masks is scored
+            under each of them, exactly.
         mask_scheme, stratify, control_variate: how masks are drawn, as in the trainers.
         cfg_scale: strength w of unsupervised classifier-free guidance (SMDM, arXiv 2410.18514), as in the sampler: the
             likelihood is that of  (1 + w) * logits - w * logits where the prompt is hidden.  0 is off; otherwise texts
@@ -143,7 +144,8 @@ def prepared(
         )
     if method != "chain_rule":
         drawing |= {"num_mc_samples": num_mc_samples, **LOSSES.get(method, scheme)}
-    scorer = Scorer.of(model, tokenizer, draws_per_forward, drawing, cfg_scale)
+    facts = {"drawing": drawing, "cfg_scale": cfg_scale, "enumerates": method == "elbo"}
+    scorer = Scorer.of(model, tokenizer, draws_per_forward, **facts)
     limits = [limit for limit in (max_length, position_limit(scorer.model)) if limit is not None]
     longest = min(limits, default=None)
     return windows_of(_rows(texts), tokenizer, scorer.mask_token_id, longest, scorer.first_is_shown), scorer
@@ -174,6 +176,7 @@ class Scorer:
         draws_per_forward: masks that run together.
         drawing: how masks are drawn; with an `order` by the chain rule.
         cfg_scale: strength of guidance by the prompt.
+        enumerates: whether a window that has no more masks than draws is scored under all of them, and so exactly.
     """
 
     model: Any
@@ -181,16 +184,15 @@ class Scorer:
     draws_per_forward: int | None
     drawing: dict[str, Any]
     cfg_scale: float = 0.0
+    enumerates: bool = False
 
     @classmethod
-    def of(
-        cls, model: Any, tokenizer: Any, draws_per_forward: int | None, drawing: dict[str, Any], cfg_scale: float
-    ) -> "Scorer":
+    def of(cls, model: Any, tokenizer: Any, draws_per_forward: int | None, **facts: Any) -> "Scorer":
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         mask_token_id = resolve_mask_token_id(base.config, tokenizer)
         check_denoiser(base, mask_token_id)
-        check_guidance(base.config, cfg_scale)
-        return cls(base, mask_token_id, draws_per_forward, drawing, cfg_scale)
+        check_guidance(base.config, facts["cfg_scale"])
+        return cls(base, mask_token_id, draws_per_forward, **facts)
 
     @property
     def first_is_shown(self) -> bool:
@@ -205,6 +207,8 @@ class Scorer:
         is_exact = "order" in self.drawing
         draw = partial(chain_rule, nonce=window.number) if is_exact else partial(draw_masks, rows=ids)
         draws = draw(maskable, **self.drawing, blocks=blocks)
+        if self.enumerates and blocks is None and 2 ** int(maskable.sum()) - 1 <= draws.num_mc_samples:
+            draws, is_exact = every_mask(maskable), True
         if self.cfg_scale:
             denoiser = guided(self.model, ~maskable, self.cfg_scale, self.mask_token_id)
             out = elbo(denoiser, ids, maskable, draws=draws, mask_token_id=self.mask_token_id)
@@ -229,37 +233,6 @@ def _kept(windows: list[Window], score: Scorer, key: dict[str, Any], folder: Pat
     state.wait_for_everyone()
     ledger.read()
     return [ledger.rows[window.number] for window in windows]
-
-
-def chain_rule(
-    maskable: torch.Tensor,
-    order: str = "left_to_right",
-    seed: int = 0,
-    nonce: int = 0,
-    blocks: torch.Tensor | None = None,
-) -> MaskDraws:
-    """
-    The masks of the chain rule for one row, as draws: in the j-th the tokens from the j-th on are hidden, and the first
-    of these has the weight 1. Under a block diffusion model that is so in each of its blocks, all of them at once.
-
-    Args:
-        maskable: `(1, L)` bool, the tokens that are scored.
-        order: one of [`ORDERS`].
-        seed, nonce: of a random order.
-        blocks: `(1, L)` int64, of a block diffusion model the number of each token's block.
-    """
-    places = maskable[0].nonzero().squeeze(1)
-    if order == "right_to_left":
-        places = places.flip(0)
-    if order == "random":
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + nonce) % 2**63)
-        places = places[torch.randperm(len(places), generator=generator).to(places.device)]
-    number = torch.zeros_like(places) if blocks is None else blocks[0, places]
-    together = number.unsqueeze(1) == number  # (N, N)
-    rank = torch.full_like(maskable[0], -1, dtype=torch.long)
-    rank[places] = together.tril(-1).sum(1)  # how many of its block come before it
-    steps = torch.arange(int(rank.max()) + 1, device=places.device).unsqueeze(1)
-    return MaskDraws((rank >= steps)[:, None], (rank == steps).float()[:, None])
 
 
 def _rows(texts: Any) -> list[dict[str, str]]:

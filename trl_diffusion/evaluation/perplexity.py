@@ -13,7 +13,7 @@ class Likelihood:
 
     Args:
         nats: estimate of their log-likelihood: the ELBO, a lower bound, or the chain rule's.
-        standard_error: of the estimate, from the spread of its masks; 0 by the chain rule. NaN for a single draw.
+        standard_error: of the estimate, from the spread of its masks; 0 where that is exact. NaN for a single draw.
         tokens: that were scored.
         bytes: of the texts that these tokens stand for, in UTF-8.
         rows: `nats`, `standard_error`, `tokens` and `bytes` of each text, or of each window of one.
