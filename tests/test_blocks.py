@@ -6,7 +6,7 @@ clean text; and generated text is what it is without a cache. What it costs is c
 import pytest
 import torch
 from block_reference import block_log_probs, block_numbers, block_terms, naive_block_response, of_model
-from conftest import WORDS, make_model, make_tokenizer
+from conftest import WORDS, make_tokenizer
 from counters import HidesEverything, LiveBytes
 from peft import LoraConfig, get_peft_model
 from test_decoders import FOLDERS, LN2, NF4, Folder, assert_parity, trained
@@ -211,9 +211,19 @@ def test_what_a_model_shows_a_block_is_tried(monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             known(patch, family(size))
             check_denoiser(model, 2)
-    known(monkeypatch, Family(name="mine", model_types=("llada",), attention=Blocks(4)))
-    with pytest.raises(ValueError, match="`LLaDAModelLM`.*causal class of transformers"):
-        check_denoiser(make_model(), 2)
+    known(monkeypatch, family())
+    run = model.model.forward
+    cache = ("past_key_values", "cache")  # whichever transformers calls it
+
+    def forget(**inputs):
+        return run(**{name: value for name, value in inputs.items() if name not in cache})
+
+    monkeypatch.setattr(model.model, "forward", forget)
+    with pytest.raises(ValueError, match="The backbone of `LlamaForCausalLM` does not take `past_key_values`"):
+        check_denoiser(model, 2)
+    monkeypatch.setattr(model.model, "forward", lambda **inputs: run(**{**inputs, "attention_mask": None}))
+    with pytest.raises(ValueError, match="`LlamaForCausalLM` does not show a block what is before it.*causal class"):
+        check_denoiser(model, 2)
 
 
 def test_a_family_in_blocks_is_checked_as_others_are(monkeypatch):
