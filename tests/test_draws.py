@@ -5,7 +5,7 @@ E[ sum_k weight[k, i] 1{masked[k] = m} ] = 1 / (|m| C(L', |m|)). Then the ELBO e
 And: a row's draws are a function of the row alone.
 """
 
-from math import comb
+from math import comb, exp, lgamma
 
 import pytest
 import torch
@@ -352,6 +352,26 @@ def test_law_of_each_block(scheme, stratify, control, couple_pairs):
                 row, places = sum(1 << i for i in m), list(m)
                 z = (mean[row, places] - law[len(m) - 1]) / standard_error[row, places]
                 assert z.abs().max() < LARGEST_Z, (block, m)
+
+
+@pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
+@pytest.mark.parametrize("a", [0.5, 0.75])
+def test_levels_of_each_block_have_the_law_that_is_asked_for(a, scheme):
+    """P(l) = C(L' - 1, l - 1) B(l - 1 + a, L' - l + a) / B(a, a) of the block's own L', and the weight 1 / (l P(l))."""
+    ids = torch.arange(ROWS).repeat_interleave(7).view(ROWS, -1)
+    maskable, blocks = (torch.arange(7) > 0).expand(ROWS, -1), BLOCKS.expand(ROWS, -1)
+    draws = draw_masks(maskable, 2, scheme, rows=ids, blocks=blocks, level_concentration=a)
+    for part in PARTS:
+        length, masked = part.stop - part.start, draws.masked[..., part]
+        for count in range(1, length + 1):
+            logs = [lgamma(x) for x in (count - 1 + a, length - count + a, 2 * a)]
+            logs += [-lgamma(x) for x in (length - 1 + 2 * a, a, a)]
+            probability = comb(length - 1, count - 1) * exp(sum(logs))
+            there = masked.sum(-1) == count  # (K, B)
+            error = (probability * abs(1 - probability) / ROWS) ** 0.5 + 1e-12  # a block of one token has no choice
+            assert (there.double().mean(1) - probability).abs().max() <= LARGEST_Z * error
+            weight = draws.weight[..., part][there.unsqueeze(-1) & masked] * 2
+            torch.testing.assert_close(weight, torch.full_like(weight, 1 / (count * probability)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
