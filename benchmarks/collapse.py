@@ -46,7 +46,10 @@ ARMS: dict[str, dict] = {
     "sigmoid_norm": {"loss_type": ["sigmoid_norm", "sft"], "beta": 10.0},  # a score per token, of which there are ten
     "learning rate 5e-4": {"learning_rate": 5e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
-    "16 pairs a step, 160 steps": {"per_device_train_batch_size": 16, "max_steps": 160},
+    "16 pairs a step, half the steps": {
+        "per_device_train_batch_size": 16,
+        "max_steps": demo.ALIGNMENT["max_steps"] // 2,
+    },
 }
 LIMIT = 0.1  # nats per token: the default of `displacement_warning`
 
