@@ -1,63 +1,60 @@
 """
 How noisy the preference score and its gradient are on natural English, under each estimator and law of levels.
 
-    python benchmarks/natural_language.py            # about 20 minutes of one core, the first four for the models
+    python benchmarks/natural_language.py            # about 15 minutes of one core, the first six for the models
     python benchmarks/natural_language.py --report   # only print what is finished
-    python benchmarks/natural_language.py --regimes "A9 near" "A15 far" "B32 near" "B64 far"   # besides, these
+    python benchmarks/natural_language.py --regimes "B32 near" "B64 far"    # besides, these settings of `variance.py`
 
 A real, small model of English and two policies (`natural_model.py`), on text of package registries (`natural_text.py`,
 which fetches it). Finished pairs are kept in `runs/natural/results.jsonl` and not measured again.
 
 - Sets of pairs, none of which was trained on: answers against answers with three words and a letter changed ("edited"),
   against the answer to another question of the subject ("other"), the same without the opening that all answers share
-  ("plain"); and passages against other passages, of 60, 140, 300 and 450 tokens.
-- Score: log-ratio of the chosen less that of the rejected response, in nats. Every pair is scored on independent sets
-  of stratified mirror pairs under each law, and the repeats of all estimates with K draws are read off them, as
-  `diagnose_variance` does (`trl_diffusion/estimators/variance.py`). The baseline, independent fixed counts (VRPO's
-  eq. 14), is the mean over the laws of what their draws say of it.
-- Gradient: that of a response's ELBO under the near policy, with respect to the matrices of both layers, by
-  back-propagation; the trace of its covariance over repeats that are drawn anew.
-- The sums and stories of `variance.py` (`variance_regimes.py`) can be measured in the same way, for comparison.
-- Ratios are of means over pairs (responses). Intervals: 95%, bootstrap over pairs.
+  ("plain"); and passages against other passages, of 30, 60, 140, 300 and 450 tokens.
+- Score: log-ratio of the chosen less that of the rejected response, in nats. Every pair is scored once, on mirror pairs
+  of every level, from which all estimators are made again many times (`natural_tables.py`). The baseline are
+  independent fixed counts (VRPO's eq. 14).
+- Gradient: that of the difference of the two ELBOs under the near policy, with respect to the matrices of both layers,
+  along a random direction v of each pair, of independent normal numbers. E (v . g)^2 is the square of the norm of g, so
+  that the variance along v is on average the trace of the gradient's covariance; and along v every token's
+  log-probability has a derivative, a number that is kept as its log-ratio is.
+- Ratios are of means over pairs. Intervals: 95%, bootstrap over pairs.
 """
 
 import argparse
+import copy
 import json
 import random
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import natural_model
+import natural_tables
 import natural_text
 import torch
 import variance_regimes
 import variance_report as report
 from counters import machine
 from tqdm.auto import tqdm
-from variance_estimators import as_batch
 
-from trl_diffusion import ControlVariate, MaskSampler
-from trl_diffusion.estimators.variance import Scored, paper_variance, repeats, variance_of_repeats, variance_parts
+from trl_diffusion import ControlVariate
+from trl_diffusion.estimators.levels import concentration
 from trl_diffusion.models.logits import hidden_states, logits_of
 
 ROOT = Path("runs/natural")
 LAWS = (1.0, 0.75, 0.5)
 COUNTS = (2, 4, 8)
-PARTS = ("level", "tokens", "context")
-DRAWS = 32  # of a set
-# Pairs and independent sets of draws of each
-ANSWERS = {"edited": (6, 2), "other": (6, 2), "plain": (6, 2)}
-PASSAGES = {60: (6, 2), 140: (6, 2), 300: (6, 2), 450: (4, 2)}
-GRADIENTS = {60: 2, 140: 2, 300: 2}  # responses
-GRADIENT_REPEATS = 20
-REGIME_PAIRS, REGIME_SETS = 8, 4
+# Pairs of each set, and of how many the gradient is measured
+ANSWERS = {"edited": (12, 0), "other": (12, 0), "plain": (12, 6)}
+PASSAGES = {30: (24, 12), 60: (24, 12), 140: (24, 12), 300: (24, 12), 450: (4, 0)}
 PROMPT = 24  # tokens before a passage
-TOKENS_PER_FORWARD = 8192
-# Control variates beside the default one
-GRID = [ControlVariate(*settings) for settings in product((0.75, 1.0, 1.25), (0.25, 0.5), (0.5, 1.0, 2.0))]
-GRID.remove(ControlVariate())
+TWINS = 160
+STEP = 1e-3  # along the direction of the gradient
+TOKENS_PER_FORWARD = 2048
+# Control variates beside the default one, at the law of 0.75
+GRID = [ControlVariate(1.0, *settings) for settings in product((0.15, 0.25, 0.5, 2.0), (0.3, 1.0, 3.0))]
+KAPPAS = (0.75, 1.0, 1.25)
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -92,7 +89,7 @@ def make_pairs(root: Path) -> dict[str, list[tuple[list[int], list[int], list[in
     return found
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# --- scores and derivatives ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -101,148 +98,125 @@ def log_probs(model, prompt: list[int], response: list[int], masked: torch.Tenso
     found = torch.zeros(masked.shape)
     size = max(1, TOKENS_PER_FORWARD // (len(prompt) + len(response)))
     for part, values in zip(masked.split(size), found.split(size), strict=True):
-        values[part] = _hidden_log_probs(model, prompt, response, part)
+        whole = torch.cat([torch.zeros(len(part), len(prompt), dtype=torch.bool), part], 1)
+        ids = torch.tensor(prompt + response).expand(whole.shape)
+        hidden = hidden_states(model, ids.masked_fill(whole, model.config.mask_token_id))[whole]
+        values[part] = -torch.nn.functional.cross_entropy(logits_of(model, hidden), ids[whole], reduction="none")
     return found
 
 
-def _hidden_log_probs(model, prompt, response, masked):
-    whole = torch.cat([torch.zeros(len(masked), len(prompt), dtype=torch.bool), masked], 1)
-    ids = torch.tensor(prompt + response).expand(whole.shape)
-    noised = ids.masked_fill(whole, model.config.mask_token_id)
-    logits = logits_of(model, hidden_states(model, noised)[whole])
-    return logits.gather(1, ids[whole].unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
+def moved(model, direction: int, step: float):
+    """A copy whose matrices of the layers are `step` further along the direction of this number."""
+    generator, other = torch.Generator().manual_seed(direction), copy.deepcopy(model)
+    for name, p in other.named_parameters():
+        if "encoder" in name and p.dim() == 2:
+            p.data += step * torch.randn(p.shape, generator=generator)
+    return other
 
 
-def measure_pair(models: dict, pair, num_sets: int) -> dict[str, dict]:
-    """By policy (every model but "base"): cells of variances, and parts of the noise of one draw."""
+def score_pair(models: dict, pair, number: int, with_gradient: bool) -> list[natural_tables.Table]:
+    """Log-ratios of every model to "base", and the derivative along direction `number` under "near"."""
     prompt, *responses = pair
-    ids, real, maskable = as_batch(prompt, responses)
-    scored: dict[str, dict] = {name: {} for name in models if name != "base"}
-    for law in LAWS:
-        sampler = MaskSampler(DRAWS, "mirror", stratify=True, couple_pairs=True, level_concentration=law)
-        sets = [sampler(maskable, ids, real, nonce).masked for nonce in range(num_sets)]
-        for name in scored:
-            scored[name][law] = []
-        for b, response in enumerate(responses):
-            masked = torch.stack([each[:, b, maskable[b]] for each in sets])
-            values = {n: log_probs(m, prompt, response, masked.flatten(0, 1)) for n, m in models.items()}
-            for name, of_laws in scored.items():
-                ratios = (values[name] - values["base"]).view(masked.shape)
-                of_laws[law].append(Scored(masked, ratios, law))
-    return {name: _read_off(of_laws) for name, of_laws in scored.items()}
+    ahead, behind = (moved(models["near"], number, s) if with_gradient else None for s in (STEP, -STEP))
+
+    def score(response, masked):
+        values = {name: log_probs(model, prompt, response, masked) for name, model in models.items()}
+        found = {name: value - values["base"] for name, value in values.items() if name != "base"}
+        if with_gradient:
+            change = [log_probs(model, prompt, response, masked) for model in (ahead, behind)]
+            found["gradient"] = (change[0] - change[1]) / (2 * STEP)
+        return found
+
+    return natural_tables.score_pair(responses, score, torch.Generator().manual_seed(number))
 
 
-def _read_off(scored: dict[float, list[Scored]]) -> dict:
-    baseline = sum(paper_variance(x) for pair in scored.values() for x in pair) / len(scored)
-    cells = {f"fixed counts|{count}": baseline / count for count in COUNTS}
-    for (law, pair), count in product(scored.items(), COUNTS):
-        for label, control in {"": None, ", control": ControlVariate(), **{f", {c}": c for c in GRID}}.items():
-            if control in GRID and count == min(COUNTS):
-                continue  # a single pair has no witnesses
-            values = [repeats(x, count, control) for x in pair]
-            cells[f"a={law:g}{label}|{count}"] = sum(map(variance_of_repeats, values))
-            cells[f"a={law:g}{label}, coupled|{count}"] = variance_of_repeats(values[0] - values[1])
-    parts = [variance_parts(x) for x in scored[1.0]]
-    margin = [x.importance.unsqueeze(-1) * x.log_ratios.double() for x in scored[0.75]]
-    elbos = [
-        (m.sum(-1) * x.masked.shape[-1] / x.masked.sum(-1)).mean().item()
-        for m, x in zip(margin, scored[0.75], strict=True)
-    ]
-    return {
-        "cells": {name: {"score": value} for name, value in cells.items()},
-        "parts": {part: sum(each[part] for each in parts) for part in parts[0]},
-        "log_ratios": elbos,
-    }
+# --- estimators ------------------------------------------------------------------------------------------------------
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+def read_off(tables: list[natural_tables.Table]) -> dict[str, dict[str, float]]:
+    """By "estimator|K": variances of the score under each policy, and along the direction of the gradient."""
+    names, length = list(tables[0].values), max(x.masked.shape[-1] for x in tables)
+    single = {name: sum(natural_tables.paper_variance(x, name) for x in tables) for name in names}
+    cells = {f"fixed counts|{count}": {name: single[name] / count for name in names} for count in COUNTS}
 
+    def add(law: float, count: int, control: ControlVariate, labels: dict[str, float]) -> None:
+        mass = natural_tables.masses(tables[0].edges, length, law)
+        picked = natural_tables.pick(tables[0], mass, count, TWINS, torch.Generator().manual_seed(0))
+        parts = [natural_tables.estimates(x, mass, picked, control) for x in tables]
+        for name in names:
+            apart = [natural_tables.moments(part[name]) for part in parts]
+            coupled = natural_tables.moments(parts[0][name] - parts[1][name])
+            for label, kappa in labels.items():
+                own = sum(natural_tables.variance(found, kappa) for found in apart)
+                cells.setdefault(f"{label}|{count}", {})[name] = own
+                cells.setdefault(f"{label}, coupled|{count}", {})[name] = natural_tables.variance(coupled, kappa)
 
-def measure_gradient(model, prompt: list[int], response: list[int]) -> dict[str, dict[str, float]]:
-    """Cells of [`trace_of_gradient`]."""
-    single = trace_of_gradient(model, prompt, response, MaskSampler(1, "fixed_count"), 4 * GRADIENT_REPEATS)
-    cells = {f"fixed counts|{count}": {"gradient": single / count} for count in COUNTS}
     for law, count in product(LAWS, COUNTS):
-        control = ControlVariate()
-        sampler = MaskSampler(count, "mirror", stratify=True, control_variate=control, level_concentration=law)
-        trace = trace_of_gradient(model, prompt, response, sampler, GRADIENT_REPEATS)
-        cells[f"a={law:g}, control|{count}"] = {"gradient": trace}
+        add(law, count, ControlVariate(), {f"a={law:g}": 0.0, f"a={law:g}, control": ControlVariate().kappa})
+    for control, count in product(GRID, COUNTS[1:]):
+        label = f"bandwidth={control.bandwidth:g}, ridge={control.ridge:g}"
+        add(0.75, count, control, {f"{label}, kappa={kappa:g}": kappa for kappa in KAPPAS})
     return cells
 
 
-def trace_of_gradient(model, prompt, response, sampler: MaskSampler, number: int) -> float:
-    """Trace of the covariance of the gradient of a response's ELBO, with respect to the matrices of all layers."""
-    ids, real, maskable = as_batch(prompt, [response])
-    matrices = [p for name, p in model.named_parameters() if "encoder" in name and p.dim() == 2]
-    total, squares = torch.zeros(sum(p.numel() for p in matrices), dtype=torch.float64), 0.0
-    for nonce in range(number):
-        draws = sampler(maskable, ids, real, nonce)
-        masked, weight = draws.masked[:, 0, len(prompt) :], draws.weight[:, 0, len(prompt) :]
-        value = (_hidden_log_probs(model, prompt, response, masked) * weight[masked]).sum()
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(value, matrices)]).double()
-        total += gradient
-        squares += gradient.square().sum().item()
-    return (squares - (total.square().sum() / number).item()) / (number - 1)
+def measure_pair(models: dict, pair, number: int, with_gradient: bool = False) -> dict:
+    """Cells of [`read_off`] of one pair, and the log-ratio of both responses under each policy."""
+    tables = score_pair(models, pair, number, with_gradient)
+    elbos = {name: [natural_tables.elbo(x, name) for x in tables] for name in models if name != "base"}
+    return {"cells": read_off(tables), "log_ratios": elbos}
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def measure_regime(name: str, path: Path) -> None:
-    """Pairs of a setting of `variance.py` that are not in `path` yet."""
-    done = {(row["set"], row["pair"]) for row in report.read(path)}
-    regime = variance_regimes.load_regime(name, num_pairs=REGIME_PAIRS)
-    models = {"base": regime.reference, name.split()[1]: regime.policy}
-    for i, pair in enumerate(tqdm(regime.pairs, desc=name)):
-        if (name, i) not in done:
-            _write(path, "score", name, i, pair, lambda pair=pair: measure_pair(models, pair, REGIME_SETS))
-
-
 def measure(root: Path, path: Path) -> None:
-    """Everything on natural language that is not in `path` yet."""
+    """Everything on natural language that is not in `path` yet; some of every set first."""
     natural_text.fetch(root)
     natural_model.build(root)
     models = {name: natural_model.load(root, name) for name in ("base", *natural_model.POLICIES)}
-    pairs = make_pairs(root)
-    done = {(row["quantity"], row["set"], row["pair"]) for row in report.read(path)}
-    jobs = [("score", kind, i) for kind, group in pairs.items() for i in range(len(group))]
-    jobs += [("gradient", str(length), i) for length, size in GRADIENTS.items() for i in range(size)]
-    left = sorted((job for job in jobs if job not in done), key=lambda job: job[2])  # some of every set first
-    for job in tqdm(left, desc="measuring"):
-        quantity, kind, i = job
-        pair = pairs[kind][i]
-        if quantity == "score":
-            size = ANSWERS[kind][1] if kind in ANSWERS else PASSAGES[int(kind)][1]
-            _write(path, *job, pair, lambda pair=pair, size=size: measure_pair(models, pair, size))
-        else:
-            _write(path, *job, pair, lambda pair=pair: {"near": {"cells": measure_gradient(models["near"], *pair[:2])}})
+    pairs, sizes = make_pairs(root), {**ANSWERS, **{str(length): size for length, size in PASSAGES.items()}}
+    jobs = [(i / len(group), kind, i) for kind, group in pairs.items() for i in range(len(group))]
+    for _, kind, i in tqdm(sorted(jobs), desc="measuring"):
+        _measure_once(path, models, kind, i, pairs[kind][i], i < sizes[kind][1])
 
 
-def _write(path: Path, quantity: str, kind: str, number: int, pair, found: Callable[[], dict]) -> None:
-    """Measure, and add a row to the file."""
+def measure_regime(name: str, path: Path) -> None:
+    """Pairs of a setting of `variance.py` that are not in `path` yet."""
+    regime = variance_regimes.load_regime(name, num_pairs=12)
+    models = {"base": regime.reference, name.split()[1]: regime.policy}
+    for i, pair in enumerate(tqdm(regime.pairs, desc=name)):
+        _measure_once(path, models, name, i, pair, with_gradient=False)
+
+
+def _measure_once(path: Path, models: dict, kind: str, number: int, pair, with_gradient: bool) -> None:
+    if (kind, number) in {(row["set"], row["pair"]) for row in report.read(path)}:
+        return
     start, (_, chosen, rejected) = time.process_time(), pair
     same = sum(map(int.__eq__, chosen, rejected)) / max(len(chosen), len(rejected))
-    row = {"quantity": quantity, "set": kind, "pair": number}
-    row |= {"lengths": [len(chosen), len(rejected)], "overlap": same, **found()}
+    row = {"set": kind, "pair": number, "lengths": [len(chosen), len(rejected)], "overlap": same}
+    row |= measure_pair(models, pair, number, with_gradient)
     with open(path, "a") as file:
         print(json.dumps(row | {"seconds": time.process_time() - start}), file=file)
+
+
+# --- what came out ---------------------------------------------------------------------------------------------------
 
 
 def tables(rows: list[dict]) -> str:
     """What was measured, and variances over those of fixed counts at equal K, by set and for all sets together."""
     lines = [_what_was_measured(rows)]
-    for quantity, policy in (("score", "near"), ("score", "far"), ("gradient", "near")):
+    for quantity, words in (("near", "Score, near policy"), ("far", "Score, far policy"), ("gradient", "Gradient")):
         groups: dict[str, list[dict]] = {}
         for row in rows:
-            if row["quantity"] == quantity and policy in row:
-                groups.setdefault(row["set"], []).append(row[policy])
+            if quantity in row["cells"]["fixed counts|8"]:
+                groups.setdefault(row["set"], []).append(row)
         for count in COUNTS if groups else ():
-            cells = [name for name in next(iter(groups.values()))[0]["cells"] if name.endswith(f"|{count}")]
-            for title, chosen in (("", False), (", other settings of the control variate", True)):
-                names = [name for name in cells if ("ControlVariate" in name) == chosen]
-                if names:
-                    lines.append(f"\n## {quantity.capitalize()}, {policy} policy, K = {count}{title}\n")
-                    lines.append(_ratios(groups, names, f"fixed counts|{count}", quantity))
+            cells = [name for name in rows[0]["cells"] if name.endswith(f"|{count}")]
+            for title, of_grid in (("", False), (", settings of the control variate at a = 0.75", True)):
+                chosen = [name for name in cells if name.startswith("bandwidth") == of_grid]
+                if chosen:
+                    lines.append(f"\n## {words}, K = {count}{title}\n")
+                    lines.append(_ratios(groups, chosen, f"fixed counts|{count}", quantity))
     return "\n".join(lines)
 
 
@@ -250,28 +224,29 @@ def _ratios(groups: dict[str, list[dict]], names: list[str], baseline: str, quan
     body = []
     for name in names:
         ratios = [report.ratio(group, name, baseline, quantity) for group in groups.values()]
-        body.append(
-            [name.partition("|")[0], *map(report.interval, ratios), report.interval(report.geometric_mean(ratios))]
-        )
+        mean = report.interval(report.geometric_mean(ratios))
+        body.append([name.partition("|")[0], *map(report.interval, ratios), mean])
     return report.table(["estimator", *groups, "geometric mean"], body)
 
 
 def _what_was_measured(rows: list[dict]) -> str:
-    head = ["set", "pairs", "tokens", "overlap", *(f"{n}: {x}" for n in ("near", "far") for x in ("chosen", *PARTS))]
     body = []
-    for kind in dict.fromkeys(row["set"] for row in rows if row["quantity"] == "score"):
-        group = [row for row in rows if row["set"] == kind and row["quantity"] == "score"]
+    for kind in dict.fromkeys(row["set"] for row in rows):
+        group = [row for row in rows if row["set"] == kind]
         lengths = [length for row in group for length in row["lengths"]]
         overlap = sum(row["overlap"] for row in group) / len(group)
-        line = [kind, str(len(group)), f"{min(lengths)} to {max(lengths)}", f"{overlap:.2f}"]
+        with_gradient = sum("gradient" in row["cells"]["fixed counts|8"] for row in group)
+        line = [kind, str(len(group)), str(with_gradient), f"{min(lengths)} to {max(lengths)}", f"{overlap:.2f}"]
+        defaults = sorted({concentration(length) for length in lengths})
+        line.append(" and ".join(f"{a:g}" for a in defaults))
         for policy in natural_model.POLICIES:
-            if policy not in group[0]:
-                line += [""] * (1 + len(PARTS))
-                continue
-            parts = [sum(row[policy]["parts"][part] for row in group) for part in PARTS]
-            chosen = sum(row[policy]["log_ratios"][0] for row in group) / len(group)
-            line += [f"{chosen:+.1f}", *(f"{part / sum(parts):.2f}" for part in parts)]
+            ratios = [row["log_ratios"][policy] for row in group if policy in row["log_ratios"]]
+            line += [f"{sum(x) / len(ratios):+.1f}" for x in zip(*ratios, strict=True)] or ["", ""]
         body.append(line)
+    head = ["set", "pairs", "with gradient", "tokens", "overlap", "a by default"]
+    head += [
+        f"{policy}: log-ratio, {response}" for policy in natural_model.POLICIES for response in ("chosen", "rejected")
+    ]
     return report.table(head, body)
 
 

@@ -22,7 +22,7 @@ from trl_diffusion import (
     draw_masks,
     elbo,
 )
-from trl_diffusion.diagnosis.diagnose import _variance
+from trl_diffusion.diagnosis.diagnose import _about_zero, _variance
 from trl_diffusion.diagnosis.report import ENOUGH_DRAWS, ESTIMATORS
 from trl_diffusion.estimators.variance import (
     Scored,
@@ -277,6 +277,24 @@ def test_a_policy_that_is_its_reference_is_said_to_be(tmp_path):
     assert all(v > 0 for v in report.variance.values())
     # An adapter that is still to be made does nothing yet
     assert diagnose(tmp_path / "with adapter", model, peft_config=LoraConfig(r=2)).variance == report.variance
+
+
+def test_log_probabilities_stand_in_about_zero():
+    """The same number of nats for every token: no noise under uniform levels, and none that an importance makes."""
+    masked = draw_masks(torch.ones(4, 40, dtype=torch.bool), 16, "mirror", True, level_concentration=0.75).masked
+    masked = masked.view(16, 2, 2, 40).permute(1, 0, 2, 3)  # two sets of two responses
+    per_token = torch.tensor([-3.0, -5.0]).view(2, 1)
+    noise = torch.randn(masked.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = _about_zero((per_token + noise).double() * masked, masked)
+    alike = _about_zero((per_token * masked).double(), masked)
+    assert alike.abs().max() < 1e-12
+    for b in (0, 1):
+        whole, moved = (Scored(masked[:, :, b], x[:, :, b]) for x in ((per_token + noise) * masked, found))
+        for law in (whole, moved):
+            assert variance_of_repeats(repeats(law, 4)) > 0
+        assert variance_of_repeats(repeats(moved, 4)) == pytest.approx(variance_of_repeats(repeats(whole, 4)), rel=1e-9)
+        other_law = [variance_of_repeats(repeats(replace(x, level_concentration=0.75), 4)) for x in (whole, moved)]
+        assert other_law[1] < other_law[0]
 
 
 def trained_adapter(base, **options):

@@ -1,14 +1,14 @@
 """The laws of the number of hidden tokens: against their closed form, and against counts that are drawn."""
 
-from math import exp, lgamma
+from math import comb, exp, lgamma
 
 import pytest
 import torch
 
-from trl_diffusion import DiffusionVRPOConfig, ELBOKTOConfig, MaskSampler, draw_masks
+from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, ELBOKTOConfig, MaskSampler, draw_masks
+from trl_diffusion.estimators import levels
 from trl_diffusion.estimators.levels import draw_counts, importance
 from trl_diffusion.estimators.schemes import SCHEMES
-from trl_diffusion.trainers.arguments import DEFAULT_CONCENTRATION
 
 ROWS = 20_000
 LARGEST_Z = 5.0
@@ -58,6 +58,46 @@ def test_rows_do_not_change_each_other():
     for row in range(6):
         alone = draw_counts(share[:, [row]], total[[row]], 0.5)
         assert all(torch.equal(a.flatten(), b[:, row]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
+@pytest.mark.parametrize("control_variate", ["none", "leave_one_out"])
+@pytest.mark.parametrize("lengths", [(7, 29, 30, 300), (3, 8), (40, 90)], ids=["both laws", "uniform", "0.75"])
+def test_by_length_each_row_has_its_own_law_to_the_last_bit(scheme, control_variate, lengths):
+    """Rows of unequal length in one batch against each alone, with the law of its length spelled out."""
+    rows = torch.randint(5, 1000, (len(lengths), 300), generator=torch.Generator().manual_seed(0))
+    maskable = torch.arange(300) < torch.tensor(lengths).unsqueeze(1)
+    options = {"scheme": scheme, "stratify": True, "seed": 3, "control_variate": control_variate}
+    together = draw_masks(maskable, 8, rows=rows, level_concentration=None, **options)
+    for row, length in enumerate(lengths):
+        a = 1.0 if length < 30 else 0.75
+        alone = draw_masks(maskable[[row]], 8, rows=rows[[row]], level_concentration=a, **options)
+        assert torch.equal(together.masked[:, [row]], alone.masked)
+        assert torch.equal(together.weight[:, [row]], alone.weight)
+
+
+@pytest.mark.parametrize("control_variate", ["none", "leave_one_out"])
+def test_two_laws_in_one_batch_keep_the_law(monkeypatch, control_variate):
+    """Coupled responses of three and five tokens, the second of which is a long one here: all subsets enumerated."""
+    monkeypatch.setattr(levels, "LONG", 4)
+    lengths = torch.tensor([3, 5]).repeat_interleave(ROWS)
+    rows = torch.cat(
+        [torch.arange(ROWS).repeat(2).unsqueeze(1), torch.tensor([[7, 8, 9, 5, 6]]).expand(2 * ROWS, -1)], 1
+    )
+    maskable = (torch.arange(6) > 0) & (torch.arange(6) <= lengths.unsqueeze(1))
+    draws = draw_masks(
+        maskable, 4, "mirror", True, 1, rows, attention_mask=maskable | (torch.arange(6) == 0), couple_pairs=True,
+        control_variate=control_variate, level_concentration=None,
+    )  # fmt: skip
+    code = (draws.masked[..., 1:].long() << torch.arange(5)).sum(-1)
+    for length in (3, 5):
+        own = lengths == length
+        for subset in range(1, 2**length):
+            inside = [i for i in range(length) if subset >> i & 1]
+            weight = (draws.weight[:, own][..., 1:] * (code[:, own] == subset).unsqueeze(-1)).sum(0)[:, inside].double()
+            expected = 1 / (len(inside) * comb(length, len(inside)))
+            z = (weight.mean(0) - expected) / (weight.std(0) / ROWS**0.5)
+            assert z.abs().max() < LARGEST_Z, subset
 
 
 @pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
@@ -124,7 +164,8 @@ def test_the_papers_schemes_have_the_papers_levels(config):
         return config("x", use_cpu=True, bf16=False, **options)
 
     found = {scheme: of(mask_scheme=scheme).mask_sampler().level_concentration for scheme in SCHEMES}
-    assert found == {"bernoulli": 1.0, "fixed_count": 1.0, "mirror": DEFAULT_CONCENTRATION["mirror"]}
+    assert found == {"bernoulli": 1.0, "fixed_count": 1.0, "mirror": None}
+    assert "levels by length" in of(mask_scheme="mirror").describe_estimator()
     for scheme in ("fixed_count", "mirror"):
         set_to = of(mask_scheme=scheme, level_concentration=0.5)
         assert set_to.mask_sampler().level_concentration == 0.5
@@ -132,17 +173,23 @@ def test_the_papers_schemes_have_the_papers_levels(config):
     assert "uniform levels" in of(mask_scheme="bernoulli").describe_estimator()
 
 
+def test_fine_tuning_has_uniform_levels():
+    """Its loss is an ELBO, hundreds of nats, which an importance of levels would multiply by what it has for a draw."""
+    assert DiffusionSFTConfig("x", use_cpu=True, bf16=False).mask_sampler().level_concentration == 1.0
+
+
 def test_another_law_has_another_key():
     """What is stored of one law is not found under another."""
     assert MaskSampler().key == MaskSampler(level_concentration=1.0).key != MaskSampler(level_concentration=0.5).key
 
 
-@pytest.mark.parametrize("a", [0, 1.5, float("nan"), "arcsine", True, None])
+@pytest.mark.parametrize("a", [0, 1.5, float("nan"), "arcsine", True])
 def test_other_laws_are_refused(a):
-    with pytest.raises(ValueError, match=r"`level_concentration` must be a number in \(0, 1\], got "):
+    with pytest.raises(ValueError, match=r"`level_concentration` must be None or a number in \(0, 1\], got "):
         draw_masks(torch.ones(1, 3, dtype=torch.bool), level_concentration=a)
 
 
-def test_a_law_of_counts_is_refused_where_there_is_no_count():
-    with pytest.raises(ValueError, match=r"`level_concentration=0.5` .* 'bernoulli' does not draw: take 'mirror'"):
-        draw_masks(torch.ones(1, 3, dtype=torch.bool), scheme="bernoulli", level_concentration=0.5)
+@pytest.mark.parametrize("a", [0.5, None])
+def test_a_law_of_counts_is_refused_where_there_is_no_count(a):
+    with pytest.raises(ValueError, match=f"`level_concentration={a}` .* 'bernoulli' does not draw: take 'mirror'"):
+        draw_masks(torch.ones(1, 3, dtype=torch.bool), scheme="bernoulli", level_concentration=a)

@@ -3,12 +3,13 @@
 import random
 
 import natural_language as natural
+import natural_tables
 import natural_text
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from trl_diffusion import MaskSampler, draw_masks, elbo
+from trl_diffusion import ControlVariate, MaskDraws, draw_masks, elbo
 
 PROMPT, RESPONSES = [3, 4], [[5, 6, 7, 8, 9], [5, 6, 9, 2]]
 
@@ -31,41 +32,89 @@ def test_the_score_of_masks_is_the_elbo():
     assert (found * draws.weight[:, 0, 2:]).sum().item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_trace_of_the_gradient_by_enumeration():
-    """Fixed counts of two tokens: {0} and {1} with weight 2 and chance 1/4 each, both with weight 1 and chance 1/2."""
-    model, response, number = tiny_bert(0), [5, 6], 200
-    matrices = [p for name, p in model.named_parameters() if "encoder" in name and p.dim() == 2]
-    outcomes = []
-    for masked, weight in (([1, 0], 2.0), ([0, 1], 2.0), ([1, 1], 1.0), ([1, 1], 1.0)):  # equally likely
-        value = weight * natural._hidden_log_probs(model, PROMPT, response, torch.tensor([masked]).bool()).sum()
-        outcomes.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, matrices)]).double())
-    distances = (torch.stack(outcomes) - torch.stack(outcomes).mean(0)).square().sum(1)
-    found = natural.trace_of_gradient(model, PROMPT, response, MaskSampler(1, "fixed_count"), number)
-    standard_error = distances.std(correction=0).item() / number**0.5
-    assert abs(found - distances.mean().item()) < 4 * standard_error
+def test_the_derivative_of_every_token_is_that_of_autograd():
+    """Its sum over hidden tokens against the gradient of that sum, times the direction."""
+    models = dict.fromkeys(("base", "near", "far"), tiny_bert(0))
+    (table, _) = natural.score_pair(models, (PROMPT, *RESPONSES), number=5, with_gradient=True)
+    masked, derivative = table.masked.flatten(0, 2), table.values["gradient"].flatten(0, 2)
+    model = models["near"]
+    direction = [b - a for a, b in zip(model.parameters(), natural.moved(model, 5, 1.0).parameters(), strict=True)]
+    assert sum(bool(part.any()) for part in direction) == 6  # the matrices of one layer
+    for row in (0, len(masked) // 2, len(masked) - 1):
+        ids = torch.tensor([PROMPT + RESPONSES[0]])
+        whole = torch.cat([torch.zeros(2).bool(), masked[row]]).unsqueeze(0)
+        log_probs = model(ids.masked_fill(whole, 1)).logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        gradient = torch.autograd.grad(log_probs[whole].sum(), list(model.parameters()), allow_unused=True)
+        expected = sum((g * v).sum().item() for g, v in zip(gradient, direction, strict=True) if g is not None)
+        # A rounding of 1e-6 of a log-probability over a step of 1e-3, and the third derivative times its square
+        assert derivative[row].sum().item() == pytest.approx(expected, abs=5e-3 + 1e-3 * abs(expected))
+
+
+@pytest.mark.parametrize("law", [1.0, 0.5])
+def test_variances_of_a_table_are_those_of_draws(law):
+    """Means over tables that are drawn anew, against the spread of estimates that `draw_masks` makes one by one."""
+    models, size = {"base": tiny_bert(0), "near": tiny_bert(1)}, 1500
+    responses = [RESPONSES[0], [5, 4, 7, 8, 2]]
+    control, count = ControlVariate(), 4
+    found = []
+    for number in range(60):
+        tables = natural.score_pair(models, (PROMPT, *responses), number, with_gradient=False)
+        mass = natural_tables.masses(tables[0].edges, 5, law)
+        picked = natural_tables.pick(tables[0], mass, count, 50, torch.Generator().manual_seed(number))
+        parts = [natural_tables.estimates(table, mass, picked, control)["near"] for table in tables]
+        coupled = natural_tables.moments(parts[0] - parts[1])
+        own = sum(natural_tables.variance(natural_tables.moments(part), 1.0) for part in parts)
+        paper = sum(natural_tables.paper_variance(table, "near") for table in tables)
+        elbo_of_first = natural_tables.elbo(tables[0], "near")
+        found.append([coupled[0], natural_tables.variance(coupled, 1.0), own, paper, elbo_of_first])
+    found = torch.tensor(found).double()
+    scores = {}
+    for name, options in {
+        "plain": {"scheme": "mirror", "stratify": True, "level_concentration": law},
+        "control": {"scheme": "mirror", "stratify": True, "level_concentration": law, "control_variate": control},
+        "paper": {"scheme": "fixed_count"},
+    }.items():
+        parts = []
+        for response in responses:
+            ids = torch.tensor([PROMPT + response]).expand(size, -1)
+            rows = torch.cat([torch.arange(size).unsqueeze(1), ids], 1)
+            maskable = torch.arange(8).expand(size, -1) >= 3
+            number = 1 if name == "paper" else count
+            draws = draw_masks(maskable, number, rows=rows, couple_pairs=name != "paper", **options)
+            draws = MaskDraws(draws.masked[..., 1:], draws.weight[..., 1:])
+            with torch.no_grad():
+                values = [elbo(models[n], ids, maskable[:, 1:], draws=draws).value.double() for n in ("near", "base")]
+            parts.append(values[0] - values[1])
+        scores[name] = torch.stack(parts)
+
+    def squares(x):
+        return (x - x.mean()).square()
+
+    expected = [
+        squares(scores["plain"][0] - scores["plain"][1]),
+        squares(scores["control"][0] - scores["control"][1]),
+        squares(scores["control"][0]) + squares(scores["control"][1]),
+        squares(scores["paper"][0]) + squares(scores["paper"][1]),
+        scores["control"][0],
+    ]
+    for values, direct in zip(found.T, expected, strict=True):
+        error = (values.var() / len(values) + direct.var() / size).sqrt()
+        assert abs(values.mean() - direct.mean()) < 4.5 * error
 
 
 def test_a_pair_is_read_off_under_every_law(monkeypatch):
-    """Every cell is there; the laws agree on the baseline and on the log-ratio, which they estimate without bias."""
-    monkeypatch.setattr(natural, "GRID", [])
+    """Every cell is there; at K = 2 a control variate has no witnesses, and changes nothing."""
+    monkeypatch.setattr(natural, "GRID", natural.GRID[:1])
     models = {"base": tiny_bert(0), "near": tiny_bert(1), "far": tiny_bert(2)}
-    found = natural.measure_pair(models, (PROMPT, *RESPONSES), num_sets=30)["near"]
-    names = {f"a={law:g}{control}{coupled}" for law in natural.LAWS for control in ("", ", control")
-             for coupled in ("", ", coupled")}  # fmt: skip
-    assert set(found["cells"]) == {f"{name}|{k}" for name in (*names, "fixed counts") for k in natural.COUNTS}
-    assert all(cell["score"] > 0 for cell in found["cells"].values())
-
-    exact = []
-    for response in RESPONSES:
-        ids = torch.tensor([PROMPT + response]).expand(4000, -1)
-        maskable = torch.arange(ids.shape[1]).expand(4000, -1) >= 2
-        draws = draw_masks(maskable, 1, seed=3)
-        ratio = [elbo(models[name], ids, maskable, draws=draws).value.double() for name in ("near", "base")]
-        exact.append(ratio[0] - ratio[1])
-    variance = sum(x.var().item() for x in exact)
-    assert found["cells"]["fixed counts|8"]["score"] == pytest.approx(variance / 8, rel=0.2)
-    for value, samples in zip(found["log_ratios"], exact, strict=True):
-        assert abs(value - samples.mean().item()) < 5 * samples.std().item() * (1 / 4000 + 1 / 480) ** 0.5
+    found = natural.measure_pair(models, (PROMPT, *RESPONSES), 0, with_gradient=True)
+    names = [f"a={law:g}{control}{coupled}" for law in natural.LAWS for control in ("", ", control")
+             for coupled in ("", ", coupled")]  # fmt: skip
+    cells = found["cells"]
+    assert {f"{name}|{k}" for name in (*names, "fixed counts") for k in natural.COUNTS} <= set(cells)
+    assert all(set(cell) == {"near", "far", "gradient"} and min(cell.values()) > 0 for cell in cells.values())
+    assert all(cells[f"{name}|2"] == cells[f"{name.replace(', control', '')}|2"] for name in names)
+    row = {"set": "5", "pair": 0, "lengths": [5, 4], "overlap": 0.5, "seconds": 0.0} | found
+    assert "## Gradient, K = 8" in natural.tables([row, row])
 
 
 def test_pairs_of_answers():

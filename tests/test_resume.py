@@ -332,7 +332,7 @@ WARNED = [
     ({"num_mc_samples": 3}, "`num_mc_samples` was 2 and is 3; the noise of every estimate changes"),
     ({"mask_scheme": "bernoulli"}, "`mask_scheme` was 'mirror' and is 'bernoulli'"),
     ({"stratify": False}, "`stratify` was True and is False"),
-    ({"level_concentration": 0.5}, "`level_concentration` was 1.0 and is 0.5; the noise of every estimate changes"),
+    ({"level_concentration": 0.5}, "`level_concentration` was None and is 0.5; the noise of every estimate changes"),
     ({"control_variate": "none"}, "`control_variate` was 'leave_one_out' and is 'none'; the noise of every estimate"),
     ({"share_draws": False}, "`share_draws` was True and is False"),
     (

@@ -147,7 +147,7 @@ def _score_pair(scorer: Scorer, inputs: dict[str, torch.Tensor], sampler: MaskSa
     masked = torch.stack([draws.masked for draws, _, _ in sets])  # (S, M, 2, L)
     policy, reference = (torch.stack(values) for values in list(zip(*sets, strict=True))[1:])
     differs = not torch.equal(policy, reference)
-    values = policy - reference if differs else policy
+    values = policy - reference if differs else _about_zero(policy, masked)
     places, blocks, law = inputs["maskable"], scorer.blocks(inputs), sampler.level_concentration
     scored = []
     for b in (0, 1):
@@ -155,6 +155,15 @@ def _score_pair(scorer: Scorer, inputs: dict[str, torch.Tensor], sampler: MaskSa
         sizes = tuple(numbers.unique_consecutive(return_counts=True)[1].tolist())
         scored.append(Scored(masked[:, :, b, places[b]], values[:, :, b, places[b]], law, sizes))
     return *scored, [inputs["input_ids"][b][places[b]].tolist() for b in (0, 1)], differs
+
+
+def _about_zero(log_probs: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """
+    Log-probabilities `(S, M, 2, L)` less the mean of each response's: log-ratios, for which they stand in, are about
+    zero. Under uniform levels the same number for every token is no noise; under others it would be.
+    """
+    of_draw = log_probs.double().sum(-1) / masked.sum(-1)
+    return (log_probs - of_draw.mean((0, 1)).unsqueeze(-1)).to(log_probs.dtype) * masked
 
 
 def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs: bool) -> dict[str, Any]:
@@ -193,7 +202,7 @@ def _variance(name: str, count: int, chosen: Scored, rejected: Scored) -> float:
 
 
 def _report(
-    rows: list[dict[str, Any]], num_draws: int, beta: float, target: float, level_concentration: float
+    rows: list[dict[str, Any]], num_draws: int, beta: float, target: float, level_concentration: float | None
 ) -> VarianceReport:
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} pairs are left of the dataset, and a spread over pairs needs two. Give more.")

@@ -38,7 +38,7 @@ class VarianceReport:
         variance: of the score, by estimator and K; `error` is the standard error over pairs.
         target_standard_error: of the score, see `recommended`.
         between_pairs: variance of the score over pairs, the noise of the masks taken off.
-        level_concentration: of the law of levels that all estimators but the paper's have.
+        level_concentration: of the law of levels that all estimators but the paper's have; None goes by the length.
     """
 
     num_pairs: int
@@ -53,7 +53,7 @@ class VarianceReport:
     error: dict[tuple[str, int], float] = field(repr=False)
     target_standard_error: float = 0.5
     between_pairs: float = 0.0
-    level_concentration: float = 1.0
+    level_concentration: float | None = 1.0
 
     @property
     def recommended(self) -> tuple[str, int]:
@@ -67,7 +67,9 @@ class VarianceReport:
         The default is left only for one whose variance is lower by more than the noise of the measurement.
         """
         largest = max(count for _, count in self.variance)
-        name = min(ESTIMATORS, key=lambda name: self.variance.get((name, largest), math.inf))
+        # Fixed counts with levels by length are measured, but no option asks for them
+        known = [name for name in ESTIMATORS if name != "fixed counts" or self.level_concentration is not None]
+        name = min(known, key=lambda name: self.variance.get((name, largest), math.inf))
         noise = math.hypot(self.error["default", largest], self.error[name, largest])
         if self.variance["default", largest] <= self.variance[name, largest] + 2 * noise:
             name = "default"
@@ -117,6 +119,8 @@ class VarianceReport:
 
     def _levels(self) -> str:
         a = self.level_concentration
+        if a is None:
+            return "by length, the paper's uniform"
         return "uniform" if a == 1 else f"Beta({a:g}, {a:g}), the paper's uniform"
 
     def _parts(self) -> str:

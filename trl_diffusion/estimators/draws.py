@@ -103,7 +103,7 @@ class MaskSampler:
         seed: of all draws.
         control_variate: settings of the leave-one-out token control variate, or their name, see [`draw_masks`].
         couple_pairs: whether responses to one prompt share levels and the fate of equal tokens.
-        level_concentration: a of the law Beta(a, a) of the levels.
+        level_concentration: a of the law Beta(a, a) of the levels; None goes by the length of a response.
     """
 
     num_mc_samples: int = 8
@@ -112,7 +112,7 @@ class MaskSampler:
     seed: int = 0
     control_variate: ControlVariate | str | None = None
     couple_pairs: bool = False
-    level_concentration: float = 1.0
+    level_concentration: float | None = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "control_variate", named_control_variate(self.control_variate))
@@ -163,7 +163,7 @@ def draw_masks(
     nonce: int = 0,
     control_variate: ControlVariate | str | None = None,
     couple_pairs: bool = False,
-    level_concentration: float = 1.0,
+    level_concentration: float | None = 1.0,
     blocks: torch.Tensor | None = None,
 ) -> MaskDraws:
     """
@@ -187,7 +187,8 @@ def draw_masks(
             response's draws keep their distribution; the noise that two responses share leaves their difference.
         level_concentration: levels are drawn from Beta(a, a) with this a in (0, 1], and weighed for it, so that the
             mean is the same. 1 is uniform. Below it the ends of (0, 1) come more often and weigh less, which for long
-            responses is quieter; 0.5 is the arcsine law. For schemes that draw a count.
+            responses is quieter; 0.5 is the arcsine law. None is 1 for responses of less than thirty tokens and 0.75
+            for others. For schemes that draw a count.
         blocks: `(B, L)` int64, of a block diffusion model the number of each token's block, going up. Each block is
             then drawn for as a row of its own is, and one draw hides something of all of them.
 

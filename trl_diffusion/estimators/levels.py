@@ -10,6 +10,8 @@ The laws here are those of a level t ~ Beta(a, a), 0 < a <= 1: one token is hidd
 probability t, so that l - 1 is beta-binomial. a = 1 makes l uniform, and a = 1/2 is the arcsine law. They are
 symmetric, as mirror pairs need: l and L' + 1 - l are equally likely.
 
+Where a is None, the length of the response chooses it: [`concentration`].
+
 Tables are made row by row on the CPU: what a sum rounds to depends on how many others are summed beside it, and a row's
 draws must not.
 """
@@ -19,33 +21,54 @@ from functools import lru_cache
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+LONG = 30  # tokens
 
-def draw_counts(share: torch.Tensor, num_maskable: torch.Tensor, a: float) -> tuple[torch.Tensor, torch.Tensor]:
+
+def concentration(total: int) -> float:
+    """
+    The a of a response of L' = `total` tokens: uniform levels for short ones, 0.75 from thirty tokens on.
+
+    What a law saves grows like ln L', and what it costs at the middle levels does not depend on L': see
+    docs/choosing-an-estimator.md for where the two meet on text.
+    """
+    return 1.0 if total < LONG else 0.75
+
+
+def draw_counts(share: torch.Tensor, num_maskable: torch.Tensor, a: float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Counts by inversion of their law.
 
     Args:
         share: `(U, B)` uniform on [0, 1), what part of the law is passed over.
         num_maskable: `(B,)` L'.
-        a: of the law.
+        a: of the law; None is [`concentration`] of each row.
 
     Returns:
         `(U, B)` counts l in {1..L'}, and `(U, B)` float64 importance (1/L') / P(l).
     """
-    if a == 1:  # a floor: rounding half to even would favour some counts
-        return torch.minimum((share * num_maskable).long() + 1, num_maskable), torch.ones_like(share)
-    laws = [_law_of_counts(total, a) for total in num_maskable.tolist()]
+    uniform = torch.minimum((share * num_maskable).long() + 1, num_maskable)  # half to even would favour some counts
+    totals = [] if a == 1 else num_maskable.tolist()
+    of_rows = [concentration(total) if a is None else a for total in totals]
+    if all(of_row == 1 for of_row in of_rows):
+        return uniform, torch.ones_like(share)
+    laws = [_law_of_counts(total, of_row) for total, of_row in zip(totals, of_rows, strict=True)]
     ends, importance = (
         pad_sequence(list(parts), batch_first=True, padding_value=2.0).to(share.device)
         for parts in zip(*laws, strict=True)
     )
     passed = torch.searchsorted(ends, share.T.contiguous(), right=True).T
     passed = torch.minimum(passed, num_maskable - 1)  # the last end may be rounded below 1
-    return passed + 1, importance.gather(1, passed.T).T
+    is_uniform = torch.tensor([of_row == 1 for of_row in of_rows], device=share.device)
+    # To the last bit what it is beside other rows
+    return (
+        torch.where(is_uniform, uniform, passed + 1),
+        torch.where(is_uniform, 1.0, importance.gather(1, passed.T).T),
+    )
 
 
-def importance(counts: torch.Tensor, total: int, a: float) -> torch.Tensor:
+def importance(counts: torch.Tensor, total: int, a: float | None) -> torch.Tensor:
     """(1/L') / P(l) of each of the `counts` l of a response of L' = `total` tokens, float64."""
+    a = concentration(total) if a is None else a
     return torch.ones_like(counts, dtype=torch.float64) if a == 1 else _law_of_counts(total, a)[1][counts - 1]
 
 

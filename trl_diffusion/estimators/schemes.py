@@ -7,7 +7,7 @@ of each other, given their levels. A scheme maps
     share     (U, B)     uniform on [0, 1), one per unit and row: the share of the law of levels that is passed over
     noise     (U, B, L)  int64, independent per unit, row and token
     maskable  (B, L)
-    a                    of the law of counts, see [`levels`](levels.py)
+    a                    of the law of counts, or None, see [`levels`](levels.py)
 
 to `masked` (U, S, B, L), the masks of the S draws of each unit; `inclusion` (U, S, B), the probability that a token of
 the response is hidden, given the level; and `importance` (U, S, B), how likely the count is under the uniform law over
@@ -36,18 +36,18 @@ class Scheme:
         draws_per_unit: S.
     """
 
-    make: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Masks]
+    make: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], Masks]
     draws_per_unit: int = 1
 
 
-def check_levels(scheme: str, a: float) -> None:
+def check_levels(scheme: str, a: float | None) -> None:
     """Refuse an unknown scheme, an `a` that is no law of its levels, and one that the scheme does not have."""
     if scheme not in SCHEMES:
         raise ValueError(f"`scheme` must be one of {sorted(SCHEMES)}, got {scheme!r}.")
-    if isinstance(a, bool) or not isinstance(a, (int, float)) or not 0 < a <= 1:
+    if a is not None and (isinstance(a, bool) or not isinstance(a, (int, float)) or not 0 < a <= 1):
         raise ValueError(
-            f"`level_concentration` must be a number in (0, 1], got {a!r}. Levels are drawn from Beta(a, a): 1 is "
-            "uniform, as in the papers, and 0.5 the arcsine law."
+            f"`level_concentration` must be None or a number in (0, 1], got {a!r}. Levels are drawn from Beta(a, a): 1 "
+            "is uniform, as in the papers, 0.5 the arcsine law, and None goes by the length of a response."
         )
     if scheme == "bernoulli" and a != 1:
         raise ValueError(
@@ -56,14 +56,14 @@ def check_levels(scheme: str, a: float) -> None:
         )
 
 
-def _bernoulli(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float) -> Masks:
+def _bernoulli(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float | None) -> Masks:
     """Each token hidden with probability t = 1 - share, in (0, 1]: uniform levels only."""
     t = 1 - share
     masked = (uniform(noise) < t.unsqueeze(-1)) & maskable
     return masked.unsqueeze(1), t.unsqueeze(1), torch.ones_like(t).unsqueeze(1)
 
 
-def _fixed_count(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float) -> Masks:
+def _fixed_count(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float | None) -> Masks:
     """Exactly l in {1..L'} tokens hidden, every subset of that size equally likely."""
     num_maskable = maskable.sum(-1)
     num_masked, importance = draw_counts(share, num_maskable, a)
@@ -71,7 +71,7 @@ def _fixed_count(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tenso
     return masked.unsqueeze(1), (num_masked / num_maskable).unsqueeze(1), importance.unsqueeze(1)
 
 
-def _mirror(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float) -> Masks:
+def _mirror(share: torch.Tensor, noise: torch.Tensor, maskable: torch.Tensor, a: float | None) -> Masks:
     """
     Pairs of masks of sizes l and L' + 1 - l: the second hides what the first shows, and one random token of the first.
 

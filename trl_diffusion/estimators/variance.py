@@ -31,14 +31,14 @@ class Scored:
     Args:
         masked: `(S, M, T)` bool over the T tokens of the response; draws 2u and 2u + 1 are a mirror pair.
         log_ratios: `(S, M, T)` nats, policy minus reference, zero where not masked.
-        level_concentration: of the law of levels that the draws have.
+        level_concentration: of the law of levels that the draws have; None if it goes by the length.
         sizes: of a block diffusion model, how many of the tokens lie in each block, from left to right. Blocks were
             drawn for independently, so that estimates and variances are sums over them.
     """
 
     masked: torch.Tensor
     log_ratios: torch.Tensor
-    level_concentration: float = 1.0
+    level_concentration: float | None = 1.0
     sizes: tuple[int, ...] = ()
 
     def blocks(self) -> list["Scored"]:

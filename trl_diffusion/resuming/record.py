@@ -89,7 +89,6 @@ def make_record(trainer: Any) -> dict[str, Any]:
         and {"every": args.ref_model_sync_steps, "alpha": args.ref_model_mixup_alpha},
         "draw_version": DRAW_VERSION,
         "draw_seed": args.mask_sampler().seed,
-        "level_concentration": args.mask_sampler().level_concentration,
         "processes": args.world_size,
     }
     # As it will be when it comes back from JSON

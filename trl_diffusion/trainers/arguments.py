@@ -13,8 +13,6 @@ from ..resuming.record import DIFFERENCES, Difference
 from ..scoring.gradients import GRADIENT_MODES
 
 CONTROL_VARIATES = ("none", "leave_one_out", "adaptive")
-# By scheme, see docs/choosing-an-estimator.md. The papers' schemes have the papers' levels, which are uniform.
-DEFAULT_CONCENTRATION = {"mirror": 1.0}
 
 
 @dataclass
@@ -58,7 +56,9 @@ class ELBOArguments:
         metadata={
             "help": "Mask levels are drawn from the law Beta(a, a) with this a, and weighed for it. 1 is uniform. "
             "Below it, draws that mask few tokens or nearly all come more often and weigh less, so that the noise does "
-            "not grow with the length of a response; 0.5 is the arcsine law. Unbiased, no cost. By default 1."
+            "not grow with the length of a response; 0.5 is the arcsine law. Unbiased, no cost. By default uniform "
+            "for SFT and with the papers' schemes; with mirror pairs, where responses are compared, uniform for those "
+            "of less than 30 tokens and 0.75 for others."
         },
     )
     control_variate: str = field(
@@ -141,9 +141,9 @@ class ELBOArguments:
                 "`elbo_gradient='checkpoint'`."
             )
 
-    def level_concentration_of(self, scheme: str) -> float:
-        """What was set, or the default of a scheme."""
-        return DEFAULT_CONCENTRATION.get(scheme, 1.0) if self.level_concentration is None else self.level_concentration
+    def level_concentration_of(self, scheme: str) -> float | None:
+        """What was set, or uniform levels: an importance of levels would multiply an ELBO that is far from zero."""
+        return 1.0 if self.level_concentration is None else self.level_concentration
 
     def mask_sampler(self) -> MaskSampler:
         """The sampler that these arguments describe."""
@@ -161,7 +161,7 @@ class ELBOArguments:
     def describe_estimator(self) -> str:
         """One line for the model card."""
         a = self.level_concentration_of(self.mask_scheme)
-        levels = "uniform levels" if a == 1 else f"levels from Beta({a}, {a})"
+        levels = "uniform levels" if a == 1 else "levels by length" if a is None else f"levels from Beta({a}, {a})"
         return (
             f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
             f"{', stratified' if self.stratify else ''}, {levels}, control variate `{self.control_variate}`"
@@ -212,6 +212,14 @@ class ComparisonArguments(ELBOArguments):
         super().check_before(loss_types, ComparisonArguments, *owners)
         self._check_control_variate()
         self._check_reference_draw_sets()
+
+    def level_concentration_of(self, scheme: str) -> float | None:
+        """
+        What was set, or the default of a scheme.
+
+        By length for mirror pairs, since what is compared is a difference about zero; uniform for the papers' schemes.
+        """
+        return self.level_concentration if scheme == "mirror" else super().level_concentration_of(scheme)
 
     def _check_reference_draw_sets(self) -> None:
         sets = self.num_reference_draw_sets
