@@ -52,8 +52,9 @@ PROMPT = 24  # tokens before a passage
 TWINS = 160
 STEP = 1e-3  # along the direction of the gradient
 TOKENS_PER_FORWARD = 2048
-# Control variates beside the default one, at the law of 0.75
-GRID = [ControlVariate(1.0, *settings) for settings in product((0.15, 0.25, 0.5, 2.0), (0.3, 1.0, 3.0))]
+# Laws and control variates beside the default one: bandwidth and ridge; those of short responses under uniform levels
+GRID = [(0.75, ControlVariate(1.0, *settings)) for settings in product((0.25, 0.5, 1.0), (0.1, 0.3, 1.0))]
+GRID.append((1.0, ControlVariate(1.0, 0.25, 1.0)))
 KAPPAS = (0.75, 1.0, 1.25)
 
 
@@ -153,9 +154,9 @@ def read_off(tables: list[natural_tables.Table]) -> dict[str, dict[str, float]]:
 
     for law, count in product(LAWS, COUNTS):
         add(law, count, ControlVariate(), {f"a={law:g}": 0.0, f"a={law:g}, control": ControlVariate().kappa})
-    for control, count in product(GRID, COUNTS[1:]):
-        label = f"bandwidth={control.bandwidth:g}, ridge={control.ridge:g}"
-        add(0.75, count, control, {f"{label}, kappa={kappa:g}": kappa for kappa in KAPPAS})
+    for (law, control), count in product(GRID, COUNTS[1:]):
+        label = f"a={law:g}, bandwidth={control.bandwidth:g}, ridge={control.ridge:g}"
+        add(law, count, control, {f"{label}, kappa={kappa:g}": kappa for kappa in KAPPAS})
     return cells
 
 
@@ -212,8 +213,8 @@ def tables(rows: list[dict]) -> str:
                 groups.setdefault(row["set"], []).append(row)
         for count in COUNTS if groups else ():
             cells = [name for name in rows[0]["cells"] if name.endswith(f"|{count}")]
-            for title, of_grid in (("", False), (", settings of the control variate at a = 0.75", True)):
-                chosen = [name for name in cells if name.startswith("bandwidth") == of_grid]
+            for title, of_grid in (("", False), (", other settings of the control variate", True)):
+                chosen = [name for name in cells if ("bandwidth" in name) == of_grid]
                 if chosen:
                     lines.append(f"\n## {words}, K = {count}{title}\n")
                     lines.append(_ratios(groups, chosen, f"fixed counts|{count}", quantity))

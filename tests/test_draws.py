@@ -12,6 +12,7 @@ import torch
 from oracles import subsets
 
 from trl_diffusion import ControlVariate, MaskDraws, MaskSampler, draw_masks
+from trl_diffusion.estimators import levels
 from trl_diffusion.estimators.draws import DRAW_VERSION, SCHEMES
 
 ROWS = 20_000
@@ -120,17 +121,21 @@ def test_mirror_pairs(length, num_mc_samples):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("num_mc_samples", [1, 2, 3, 8])
-def test_control_variate_is_the_formula(scheme, num_mc_samples):
+@pytest.mark.parametrize("settings", [ControlVariate(0.7, 0.3, 0.4), ControlVariate(0.7)], ids=["", "by length"])
+def test_control_variate_is_the_formula(monkeypatch, scheme, num_mc_samples, settings):
     """Collected weights give what the formula gives as it is written, and so do the estimates of single draws."""
-    settings = ControlVariate(kappa=0.7, bandwidth=0.3, ridge=0.4)
+    monkeypatch.setattr(levels, "LONG", 5)
     lengths = (1, 4, 7)
+    of_length = [ControlVariate(0.7, *((0.5, 0.3) if length > 4 else (0.25, 1.0))) for length in lengths]
     maskable = torch.stack([torch.arange(7) < length for length in lengths])
     draws = draw_masks(maskable, num_mc_samples, scheme, seed=8, control_variate=settings)
     f = torch.randn(draws.masked.shape, generator=torch.Generator().manual_seed(0)).double() * draws.masked
     samples, _ = draws.samples(f)
     for b, length in enumerate(lengths):
         expected = [
-            control_variate_by_hand(draws, f, settings, SCHEMES[scheme].draws_per_unit, b, k, length)
+            control_variate_by_hand(
+                draws, f, settings if settings.ridge else of_length[b], SCHEMES[scheme].draws_per_unit, b, k, length
+            )
             for k in range(num_mc_samples)
         ]
         torch.testing.assert_close(samples[:, b], torch.stack(expected))
@@ -258,19 +263,19 @@ def test_chosen_and_rejected_draws_are_uncorrelated():
     assert abs(between_draws) < 4 / 4000**0.5
 
 
-def test_draws_of_version_2():
+def test_draws_of_version_3():
     """
-    These very masks belong to DRAW_VERSION 2. Stored reference values are keyed by the version: if this test fails,
+    These very masks belong to DRAW_VERSION 3. Stored reference values are keyed by the version: if this test fails,
     raise the version and write the new masks here.
     """
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     maskable = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]]).bool()
     draws = draw_masks(maskable, 4, "fixed_count", True, seed=42, rows=ids, nonce=3)
     packed = (draws.masked[:, 0].long() << torch.arange(8)).sum(-1).tolist()
-    assert (DRAW_VERSION, packed) == (2, PACKED_VERSION_2)
+    assert (DRAW_VERSION, packed) == (3, PACKED_VERSION_3)
 
 
-PACKED_VERSION_2 = [64, 104, 172, 252]
+PACKED_VERSION_3 = [64, 104, 172, 252]
 
 
 @pytest.mark.parametrize(
@@ -309,9 +314,9 @@ def test_the_control_variate_has_the_names_of_the_configuration(make):
 
 
 def test_draws_are_printed_by_their_sizes():
-    draws = draw_masks(torch.ones(200, 300, dtype=torch.bool), 4, "mirror", control_variate=ControlVariate(kappa=0.5))
+    draws = draw_masks(torch.ones(20, 300, dtype=torch.bool), 4, "mirror", control_variate=ControlVariate(kappa=0.5))
     assert repr(draws) == (
-        "MaskDraws(4 draws of 200 rows of 300 tokens, 2 per unit, ControlVariate(kappa=0.5, bandwidth=0.25, ridge=1.0))"
+        "MaskDraws(4 draws of 20 rows of 300 tokens, 2 per unit, ControlVariate(kappa=0.5, bandwidth=None, ridge=None))"
     )
 
 

@@ -53,11 +53,11 @@ def test_the_derivative_of_every_token_is_that_of_autograd():
 @pytest.mark.parametrize("law", [1.0, 0.5])
 def test_variances_of_a_table_are_those_of_draws(law):
     """Means over tables that are drawn anew, against the spread of estimates that `draw_masks` makes one by one."""
-    models, size = {"base": tiny_bert(0), "near": tiny_bert(1)}, 1500
+    models, size = {"base": tiny_bert(0), "near": tiny_bert(1)}, 1000
     responses = [RESPONSES[0], [5, 4, 7, 8, 2]]
     control, count = ControlVariate(), 4
     found = []
-    for number in range(60):
+    for number in range(16):
         tables = natural.score_pair(models, (PROMPT, *responses), number, with_gradient=False)
         mass = natural_tables.masses(tables[0].edges, 5, law)
         picked = natural_tables.pick(tables[0], mass, count, 50, torch.Generator().manual_seed(number))
@@ -111,7 +111,9 @@ def test_a_pair_is_read_off_under_every_law(monkeypatch):
              for coupled in ("", ", coupled")]  # fmt: skip
     cells = found["cells"]
     assert {f"{name}|{k}" for name in (*names, "fixed counts") for k in natural.COUNTS} <= set(cells)
-    assert all(set(cell) == {"near", "far", "gradient"} and min(cell.values()) > 0 for cell in cells.values())
+    assert all(set(cell) == {"near", "far", "gradient"} for cell in cells.values())
+    # Unbiased, and of four tokens: that of fixed counts may come out below zero
+    assert all(min(cell.values()) > 0 for name, cell in cells.items() if not name.startswith("fixed counts"))
     assert all(cells[f"{name}|2"] == cells[f"{name.replace(', control', '')}|2"] for name in names)
     row = {"set": "5", "pair": 0, "lengths": [5, 4], "overlap": 0.5, "seconds": 0.0} | found
     assert "## Gradient, K = 8" in natural.tables([row, row])

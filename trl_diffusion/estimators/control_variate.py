@@ -28,7 +28,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .levels import is_long
+
 LARGEST_KAPPA = 2
+# Of short and of long responses, see docs/choosing-an-estimator.md
+_BANDWIDTHS, _RIDGES = (0.25, 0.5), (1.0, 0.3)
 _NOTHING = 1e-200  # witnesses whose inverse would leave the range of float64
 
 
@@ -40,20 +44,33 @@ class ControlVariate:
     Args:
         kappa: how much of what is expected of the hidden tokens is taken off. 0 is none; more than 1 makes up for a
             large ridge.
-        bandwidth: how near in mask level another draw has to be to count as a witness; levels lie in (0, 1].
-        ridge: how many witnesses the average token weighs as much as, in the guess of a single token.
+        bandwidth: how near in mask level another draw has to be to count as a witness; levels lie in (0, 1]. None is
+            0.25 for responses of less than thirty tokens and 0.5 for others.
+        ridge: how many witnesses the average token weighs as much as, in the guess of a single token. None is 1 for
+            responses of less than thirty tokens and 0.3 for others.
     """
 
     kappa: float = 1.0
-    bandwidth: float = 0.25
-    ridge: float = 1.0
+    bandwidth: float | None = None
+    ridge: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.kappa <= LARGEST_KAPPA:
             raise ValueError(f"`kappa` must be between 0 and {LARGEST_KAPPA}, got {self.kappa}.")
         for name in ("bandwidth", "ridge"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite, or None, got {value}.")
+
+    def of_rows(self, num_maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bandwidth and ridge `(B,)` float64 of responses of L' `(B,)` tokens."""
+        long = is_long(num_maskable)
+
+        def choose(value: float | None, short_one: float, long_one: float) -> torch.Tensor:
+            values = (long_one, short_one) if value is None else (value, value)
+            return torch.where(long, *values).double()
+
+        return choose(self.bandwidth, *_BANDWIDTHS), choose(self.ridge, *_RIDGES)
 
 
 def named_control_variate(value: ControlVariate | str | None) -> ControlVariate | None:
@@ -120,14 +137,15 @@ class Control:
 
     def _nearness_and_charge(self) -> tuple[torch.Tensor, torch.Tensor]:
         """G `(K, K, B)`, zero inside a unit, and q `(K, B, L)`."""
-        masked, ridge = self.masked.double(), self.settings.ridge
+        masked = self.masked.double()
+        bandwidth, ridge = self.settings.of_rows(self.maskable.sum(-1))
         distance = self.inclusion.unsqueeze(1) - self.inclusion.unsqueeze(0)
         unit = torch.arange(len(masked), device=masked.device) // self.draws_per_unit
         other = (unit.unsqueeze(1) != unit.unsqueeze(0)).unsqueeze(-1)
-        near = torch.exp(-0.5 * (distance / self.settings.bandwidth) ** 2) * other
+        near = torch.exp(-0.5 * (distance / bandwidth) ** 2) * other
         witnesses = torch.einsum("jkb,kbl->jbl", near, masked)  # how often other units saw a token
         seen = torch.einsum("jkb,kb->jb", near, masked.sum(-1))  # how many tokens they saw
         surprise = (masked - self.inclusion.unsqueeze(-1)) * self.maskable
-        of_token = self.scale.unsqueeze(-1) * surprise / (witnesses + ridge)
+        of_token = self.scale.unsqueeze(-1) * surprise / (witnesses + ridge.unsqueeze(-1))
         of_mean = torch.where(seen > _NOTHING, ridge * of_token.sum(-1) / seen, 0.0)
         return near, of_token + of_mean.unsqueeze(-1)

@@ -17,11 +17,12 @@ draws must not.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-LONG = 30  # tokens
+LONG = 30  # tokens: from there on a response has the laws and control variates of long ones
 
 
 def concentration(total: int) -> float:
@@ -31,7 +32,12 @@ def concentration(total: int) -> float:
     What a law saves grows like ln L', and what it costs at the middle levels does not depend on L': see
     docs/choosing-an-estimator.md for where the two meet on text.
     """
-    return 1.0 if total < LONG else 0.75
+    return 0.75 if is_long(total) else 1.0
+
+
+def is_long(total: Any) -> Any:
+    """Whether L' = `total`, a number or a tensor of them, is that of a long response."""
+    return total >= LONG
 
 
 def draw_counts(share: torch.Tensor, num_maskable: torch.Tensor, a: float | None) -> tuple[torch.Tensor, torch.Tensor]:
