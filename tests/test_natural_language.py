@@ -50,9 +50,10 @@ def test_the_derivative_of_every_token_is_that_of_autograd():
         assert derivative[row].sum().item() == pytest.approx(expected, abs=5e-3 + 1e-3 * abs(expected))
 
 
-@pytest.mark.parametrize("law", [1.0, 0.5])
-def test_variances_of_a_table_are_those_of_draws(law):
+def test_variances_of_a_table_are_those_of_draws(monkeypatch):
     """Means over tables that are drawn anew, against the spread of estimates that `draw_masks` makes one by one."""
+    law = 0.5
+    monkeypatch.setattr(natural_tables, "UNITS", 6)
     models, size = {"base": tiny_bert(0), "near": tiny_bert(1)}, 1000
     responses = [RESPONSES[0], [5, 4, 7, 8, 2]]
     control, count = ControlVariate(), 4
@@ -105,6 +106,7 @@ def test_variances_of_a_table_are_those_of_draws(law):
 def test_a_pair_is_read_off_under_every_law(monkeypatch):
     """Every cell is there; at K = 2 a control variate has no witnesses, and changes nothing."""
     monkeypatch.setattr(natural, "GRID", natural.GRID[:1])
+    monkeypatch.setattr(natural_tables, "UNITS", 12)  # of three bins, which is what five tokens have
     models = {"base": tiny_bert(0), "near": tiny_bert(1), "far": tiny_bert(2)}
     found = natural.measure_pair(models, (PROMPT, *RESPONSES), 0, with_gradient=True)
     names = [f"a={law:g}{control}{coupled}" for law in natural.LAWS for control in ("", ", control")
