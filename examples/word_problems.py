@@ -261,25 +261,27 @@ def in_two_processes(sample, model, tokenizer, problems: list[Problem], *argumen
 # --- pre-training ----------------------------------------------------------------------------------------------------
 
 
-def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, most_rounds=3, **size):
+def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, least=0.8, most_rounds=3, **size):
     """
     Train a model on the student's homework until it can calculate: `goal` is its accuracy on validation problems that
-    have no tricky verb. A model that is not there after `steps` gets another round, half as long and half as bold.
-    `size` is what `make_model` takes.
+    have no tricky verb. A model that is not there after `steps` gets another round, half as long and half as bold; one
+    that is below `least` after `most_rounds` is refused. `size` is what `make_model` takes.
     """
     torch.manual_seed(seed)
     model = make_model(tokenizer, **size)
     batches = _homework(tokenizer, splits["pretraining"], random.Random(seed), batch_size)
     plain = [problem for problem in splits["validation"] if not problem.is_tricky]
-    boldness = 1.0
+    boldness, score = 1.0, 0.0
     for _ in range(most_rounds):
         train(model, lambda _: _loss(model, next(batches)), steps, boldness)
         texts = answer(model, tokenizer, [problem.prompt for problem in plain], label="checking")
         score = share(map(is_right, plain, texts))
         if score >= goal:
-            return model.eval()
+            break
         steps, boldness = steps // 2, boldness / 2
-    raise RuntimeError(f"The model answers only {score:.0%} of the plain problems: its errors are not habits.")
+    if score < min(goal, least):
+        raise RuntimeError(f"The model answers only {score:.0%} of the plain problems: its errors are not habits.")
+    return model.eval()
 
 
 def train(model, loss_of, steps: int, boldness=1.0, decay=0.0, label="pre-training") -> None:

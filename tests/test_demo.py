@@ -93,3 +93,26 @@ def test_the_verdict_says_what_came_out(before, after, says):
     assert says in demo_report.verdict(*shares)
     forgotten = [shares[0], shares[1] | {"plain": [False]}]
     assert "forgot some sums: -100.0" in demo_report.verdict(*forgotten)
+
+
+@pytest.mark.parametrize("solved, kept", [(0.5, False), (0.85, True), (1.0, True)])
+def test_a_student_model_need_not_reach_the_goal_but_has_to_calculate(monkeypatch, solved, kept):
+    splits = task.make_splits(0, test=1, validation=40, pairs=1, pretraining=50)
+    right = {problem.prompt: problem.answer() for problem in splits["validation"]}
+    rounds = []
+    monkeypatch.setattr(task, "train", lambda model, loss_of, steps, boldness: rounds.append((steps, boldness)))
+    monkeypatch.setattr(
+        task, "answer", lambda model, tokenizer, prompts, **_: [
+            right[prompt] if i < solved * len(prompts) else "so 1" for i, prompt in enumerate(prompts)
+        ],
+    )  # fmt: skip
+
+    def pretrain():
+        return task.pretrain(task.make_tokenizer(), splits, 0, steps=8, goal=0.95, d_model=16, n_layers=1)
+
+    if kept:
+        assert not pretrain().training
+    else:
+        with pytest.raises(RuntimeError, match=r"answers only 5\d% of the plain problems"):
+            pretrain()
+    assert rounds == [(8, 1.0), (4, 0.5), (2, 0.25)][: 1 if solved == 1 else 3]
