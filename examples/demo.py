@@ -44,7 +44,7 @@ PROBLEMS = 2000  # to sample answers to: a few hundred pairs would be learnt by 
 SAMPLING = {"samples": 4, "steps": 8}  # two tokens a step, of a block of four in which one is to be decided at most
 HELD_OUT = 80  # problems whose answers are held-out pairs
 
-# Tuned on thirteen starts, then frozen (docs/demo.md). An answer here is fifteen tokens and one nat settles which of
+# Tuned on twelve starts, then frozen (docs/demo.md). An answer here is fifteen tokens and one nat settles which of
 # two is greedy, so beta = 1 holds the policy where the paper's 0.2 lets it run on. The SFT term is what keeps the sums:
 # it is a mean over tokens, so that its weight of 2 is 0.13 for each nat of an answer, where a pair begins with 0.5.
 ALIGNMENT = {
