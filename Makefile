@@ -8,7 +8,7 @@ RUN := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VEN
 PYTEST_ARGS ?=
 
 help:
-	@echo "make demo    align a small diffusion language model and see what changed (about four minutes)"
+	@echo "make demo    align a small diffusion language model and see what changed (about five minutes)"
 	@echo "make demo-kto  the same from thumbs instead of pairs, by ELBO-KTO"
 	@echo "make test    run the tests"
 	@echo "make test-newest  run a part of them with the newest versions that are allowed"

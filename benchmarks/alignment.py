@@ -1,7 +1,7 @@
 """
 The demo next to the obvious alternatives, and with other estimators: right answers after equal training compute.
 
-    python benchmarks/alignment.py --seeds 1000 1001 --arms "SFT on the chosen answers" "K=8"
+    python benchmarks/alignment.py --seeds 2000 2001 --arms "SFT on the chosen answers" "K=8"
     python benchmarks/alignment.py --report
 
 Each cell (arm, seed) is one training run on the base model and the pairs of a start of `demo_starts.py`, with the
@@ -33,7 +33,7 @@ DEMO = "the demo"
 ARMS = {
     DEMO: {},
     "no SFT term": {"loss_type": ["sigmoid"], "loss_weights": [1.0]},
-    "SFT weight 1": {"loss_weights": [1.0, 1.0]},
+    "SFT weight 0.05, the paper's": {"loss_weights": [1.0, 0.05]},
     "SFT on the chosen answers": {"loss_type": ["sft"], "loss_weights": [1.0]},
     "K=1": {"num_mc_samples": 1},
     "K=2": {"num_mc_samples": 2},
@@ -96,7 +96,7 @@ def report(done: dict[tuple[str, int], dict], arms: list[str], baseline: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1008)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2000, 2008)))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--output_dir", type=Path, default=ROOT)
     parser.add_argument("--report", action="store_true", help="only print what is finished")

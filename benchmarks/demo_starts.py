@@ -1,7 +1,7 @@
 """
 What the demo reaches from one start to the next: other problems, students, models, and roundings.
 
-    python benchmarks/demo_starts.py --seeds 1000 1001 1002
+    python benchmarks/demo_starts.py --seeds 2000 2001 2002
     python benchmarks/demo_starts.py --report
 
 A start is the whole demo, run as its command: pre-training, answers, alignment, test. How sums are rounded decides, in
@@ -76,7 +76,7 @@ def report(found: dict[int, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1012)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2000, 2012)))
     parser.add_argument("--method", choices=list(DEMOS), default="vrpo")
     parser.add_argument("--output_dir", type=Path, default=ROOT)
     parser.add_argument("--report", action="store_true", help="only print what is finished")

@@ -1,7 +1,7 @@
 """
 The baselines of ELBO-KTO next to each other: how noisy the gradient is, and what the answers gain, over fresh seeds.
 
-    python benchmarks/kto_baselines.py --seeds 1000 1001
+    python benchmarks/kto_baselines.py --seeds 2000 2001
     python benchmarks/kto_baselines.py --report
 
 Each cell (baseline, seed) is one training run on the base model and the marked answers of a start of `demo_starts.py`,
@@ -145,7 +145,7 @@ def report(done: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1008)))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2000, 2008)))
     parser.add_argument("--baselines", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output_dir", type=Path, default=ROOT)
     parser.add_argument("--report", action="store_true", help="only print what is finished")
