@@ -13,10 +13,12 @@ from test_decoders import FOLDERS, LN2, NF4, Folder, assert_parity, trained
 from test_families import assert_same_gradients, make_llama
 from test_head import gradients, make_batch, scored
 from test_sampler_switches import ENDS, SWITCHES, sure
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_diffusion import MaskSampler, check_family, elbo
 from trl_diffusion.models import StableDiffcoderForCausalLM, families
+from trl_diffusion.models.blocks import denoise, read
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
 from trl_diffusion.models.families import class_to_load, family_of, spare_in_quantization
 from trl_diffusion.models.family import Blocks, Family
@@ -183,6 +185,19 @@ def test_draws_share_one_clean_copy(num_mc_samples, monkeypatch):
     tokens.count = 0
     scored(model, batch, MaskSampler(num_mc_samples), draws_per_forward=1, sharded=True)
     assert tokens.count == num_mc_samples * (32 - 8 + 28)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_attention_is_of_noised_tokens_on_clean_text(number, monkeypatch):
+    """N queries of each draw, C + N keys: 4 products of the width for each two of them, in queries x keys x values."""
+    known(monkeypatch, family(4))
+    model, layers, width, clean, noised = make_llama().to("meta"), 2, 32, 28, 20
+    ids, numbers = torch.empty(32, dtype=torch.long, device="meta"), (torch.arange(32) // 4).to("meta")
+    _, history = read(model, ids[:clean], numbers[:clean])
+    with FlopCounterMode(display=False) as counter:
+        denoise(model, ids[-noised:].expand(number, -1), numbers[-noised:], 32 - noised, history)
+    counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    assert counted["aten.bmm"] == number * layers * 4 * width * noised * (clean + noised)
 
 
 @pytest.mark.parametrize("layers", [False, True])
