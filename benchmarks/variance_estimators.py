@@ -6,7 +6,7 @@ repeated: their variance is that of one draw over K, from [`variance_levels`]. S
 n_t levels with n_yt masks each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from variance_levels import EPSILON, Levels, hats
@@ -16,6 +16,8 @@ from trl_diffusion import ControlVariate, MaskDraws, MaskSampler
 
 BETA = 0.2
 BASELINES = ("Bernoulli", "fixed counts")
+# Spelled out: what is measured is the same whatever the defaults are
+CONTROL = ControlVariate(kappa=1.0, bandwidth=0.25, ridge=1.0)
 ESTIMATORS = {
     "Bernoulli": {"scheme": "bernoulli"},
     "Bernoulli, stratified": {"scheme": "bernoulli", "stratify": True},
@@ -24,12 +26,12 @@ ESTIMATORS = {
     "fixed counts, stratified, coupled": {"scheme": "fixed_count", "stratify": True, "couple_pairs": True},
     "mirror, stratified": {"scheme": "mirror", "stratify": True},
     "mirror, stratified, control 0.5": {
-        "scheme": "mirror", "stratify": True, "control_variate": ControlVariate(kappa=0.5),
+        "scheme": "mirror", "stratify": True, "control_variate": replace(CONTROL, kappa=0.5),
     },
-    "mirror, stratified, control": {"scheme": "mirror", "stratify": True, "control_variate": ControlVariate()},
+    "mirror, stratified, control": {"scheme": "mirror", "stratify": True, "control_variate": CONTROL},
     "mirror, stratified, coupled": {"scheme": "mirror", "stratify": True, "couple_pairs": True},
     "mirror, stratified, control, coupled": {
-        "scheme": "mirror", "stratify": True, "couple_pairs": True, "control_variate": ControlVariate(),
+        "scheme": "mirror", "stratify": True, "couple_pairs": True, "control_variate": CONTROL,
     },
 }  # fmt: skip
 INDEPENDENT = ("Bernoulli", "fixed counts")
