@@ -92,8 +92,8 @@ def train_cells_with_fsdp(names, folder, processes):
 
 
 def save_and_resume_with_fsdp(name, folder, processes):
-    """Saves at the first of two steps; goes on from there in a new trainer. Both outcomes, of AdamW."""
-    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
+    """Saves at step 2 of 3; goes on from there in a new trainer. Both outcomes, of AdamW."""
+    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
     with fsdp_on_the_cpu():
         whole = make_cell(name, folder, processes, **options)
         whole.train()
@@ -101,7 +101,7 @@ def save_and_resume_with_fsdp(name, folder, processes):
         for checkpoint in sorted((folder / "out").glob("checkpoint-*")):
             assert problem_of(checkpoint) == "", checkpoint
         resumed = make_cell(name, folder, processes, **options)
-        resumed.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-1"))
+        resumed.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-2"))
         results.append(outcome(resumed))
         whole.save_model(str(folder / "saved"))
     if whole.is_world_process_zero():
