@@ -61,7 +61,7 @@ def test_a_small_encoder_becomes_polite(known, capsys, tmp_path):
     found = follow(
         "a-small-encoder.md",
         model=('"distilbert/distilbert-base-uncased"', '"encoder"'),
-        epochs=("num_train_epochs=3", "num_train_epochs=1"),  # enough for one as small
+        epochs=("num_train_epochs=3", "num_train_epochs=2"),  # enough for one as small
     )
     assert found["before"]["eval_loss"] == pytest.approx(0.6931, abs=1e-4)  # ln 2
     assert found["before"]["eval_rewards/margins"] == 0 < found["after"]["eval_rewards/margins"]
