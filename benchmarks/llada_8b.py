@@ -4,11 +4,10 @@ Memory and speed of VRPO with QLoRA at the size of LLaDA-8B, on one GPU, without
     python benchmarks/llada_8b.py [--checkpoint DIR] [--steps 5] [--draws 8]
 
 Makes a model of LLaDA-8B's exact shape with random weights, saves it under the published names (16 GB on disk), loads
-it back in nf4 and trains a LoRA (r = 16, all linear layers of the blocks) on one pair of 256 + 768 tokens a step, as
-`examples/vrpo_lora.py` does. Random weights cost what trained ones do. Prints peak memory, what `estimate_memory` says
-of it, seconds per step, tokens per second and the share of the machine's measured bf16 matrix rate, with and without
-layer checkpointing and with a precomputed reference. `--tiny` runs the same path with a small model on the CPU, where
-live bytes are counted, as a check of this script.
+it back in nf4 or bfloat16 and trains a LoRA (r = 16, all linear layers of the blocks) on one pair of 256 + 768 tokens a
+step, as `examples/vrpo_lora.py` does. Random weights cost what trained ones do. Prints peak memory, what
+`estimate_memory` says of it, seconds per step, tokens per second and the share of the machine's measured bf16 matrix
+rate. `--tiny` runs the same path with a small model on the CPU, where live bytes are counted, to check this script.
 """
 
 import argparse
@@ -32,13 +31,14 @@ from trl_diffusion.planning.fit import estimate_run
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 768
 PUBLISHED = {"mlp_hidden_size": 12288}  # all else are the defaults of LLaDAConfig
 TINY = {"d_model": 64, "n_heads": 4, "n_layers": 2, "mlp_hidden_size": 128}
-VARIANTS = {
-    "layer checkpointing": {"gradient_checkpointing": True},
-    "no layer checkpointing": {"gradient_checkpointing": False},
-    "no layer checkpointing, precomputed reference": {
-        "gradient_checkpointing": False,
-        "precompute_ref_log_probs": True,
-    },
+# Options of the trainer; `load_in_4bit` is of the model, and `num_mc_samples` is `--draws` where a variant has none
+VARIANTS: dict[str, dict] = {
+    "nf4, layer checkpointing": {"gradient_checkpointing": True},
+    "nf4": {"gradient_checkpointing": False},
+    "nf4, precomputed reference": {"gradient_checkpointing": False, "precompute_ref_log_probs": True},
+    "nf4, 32 draws": {"gradient_checkpointing": False, "num_mc_samples": 32},
+    "bfloat16, layer checkpointing": {"gradient_checkpointing": True, "load_in_4bit": False},
+    "bfloat16": {"gradient_checkpointing": False, "load_in_4bit": False},
 }
 
 
@@ -47,8 +47,9 @@ def make_tokenizer(config) -> PreTrainedTokenizerFast:
     vocabulary = {f"w{i}": i for i in range(config.vocab_size)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    end = f"w{config.eos_token_id}"
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end, unk_token="w0")
+    end, mask = f"w{config.eos_token_id}", f"w{config.mask_token_id}"
+    special = {"eos_token": end, "pad_token": end, "unk_token": "w0", "mask_token": mask}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def make_checkpoint(folder: Path, tiny: bool) -> None:
@@ -58,7 +59,8 @@ def make_checkpoint(folder: Path, tiny: bool) -> None:
     print(f"Making a checkpoint with random weights in {folder} ...")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LLaDAModelLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LLaDAModelLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     make_tokenizer(config).save_pretrained(folder)
@@ -129,6 +131,14 @@ def measure(checkpoint: Path, options: dict, args) -> dict:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
+    options = {"num_mc_samples": args.draws, "load_in_4bit": True} | options
+    in_4_bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    weights = {"quantization_config": in_4_bits} if options.pop("load_in_4bit") else {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     watch = Stopwatch()
@@ -138,22 +148,17 @@ def measure(checkpoint: Path, options: dict, args) -> dict:
             str(checkpoint.parent / "out"),
             per_device_train_batch_size=1,
             max_steps=args.steps,
-            num_mc_samples=args.draws,
             draws_per_forward=args.draws_per_forward,
             max_length=PROMPT_TOKENS + RESPONSE_TOKENS,
             use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
+            model_init_kwargs={"dtype": "bfloat16"},
             **options,
         ),
         train_dataset=make_pairs(args.steps),
         callbacks=[watch],
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        **weights,
         peft_config=LoraConfig(r=16, lora_alpha=32),
     )
     estimate = estimate_run(trainer)
@@ -171,12 +176,13 @@ def measure(checkpoint: Path, options: dict, args) -> dict:
         "seconds": statistics.median(seconds),
         "spread": (min(seconds), max(seconds)),
         "config": trainer.model.get_base_model().config,
+        "draws": options["num_mc_samples"],
     }
 
 
-def report(name: str, result: dict, options: dict, args) -> None:
-    tokens = 2 * args.draws * (PROMPT_TOKENS + RESPONSE_TOKENS)
-    flops = needed_flops(result["config"], args.draws, "precompute_ref_log_probs" in options)
+def report(name: str, result: dict, options: dict) -> None:
+    tokens = 2 * result["draws"] * (PROMPT_TOKENS + RESPONSE_TOKENS)
+    flops = needed_flops(result["config"], result["draws"], "precompute_ref_log_probs" in options)
     share = f"{flops / result['seconds'] / matmul_rate():.0%}" if torch.cuda.is_available() else "-"
     low, high = result["spread"]
     memory = f"{result['peak'] / 1e9:.2f} | {result['estimate'] / 1e9:.2f}"
@@ -200,7 +206,7 @@ def main():
     if not args.tiny and not torch.cuda.is_available():
         parser.error("this needs a GPU; `--tiny` checks the script without one")
     if args.variant:
-        report(args.variant, measure(args.checkpoint, VARIANTS[args.variant], args), VARIANTS[args.variant], args)
+        report(args.variant, measure(args.checkpoint, VARIANTS[args.variant], args), VARIANTS[args.variant])
         return
     make_checkpoint(args.checkpoint, args.tiny)
     columns = ("", "peak GB", "estimated GB", "s / step (range)", "tokens/s", "share of bf16 matmul rate")
