@@ -1,4 +1,4 @@
-"""Launches that need a GPU: NCCL, FSDP2, and DeepSpeed where it is installed. None has been run yet (docs/trust.md)."""
+"""Launches that need a GPU: NCCL, FSDP2, and DeepSpeed where it is installed. None has passed yet (docs/trust.md)."""
 
 import importlib.util
 import json

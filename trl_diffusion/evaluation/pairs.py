@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .._version import __version__
 from ..checks.inputs import check_writable
 from .answers import Answerer
 from .ledger import processes_of
@@ -177,7 +178,7 @@ def _write(folder: Path, dataset: Dataset, model: Any, how: dict[str, Any], rewa
         "model_name_or_path": getattr(model.config, "_name_or_path", ""),
         **how,
         "reward_functions": dict(zip(rewards.names, rewards.weights, strict=True)),
-        "versions": {name: version(name) for name in ("trl_diffusion", "trl", "transformers", "torch")},
+        "versions": {"trl_diffusion": __version__} | {name: version(name) for name in ("trl", "transformers", "torch")},
     }
     (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
     unfinished = folder / "train.jsonl.unfinished"

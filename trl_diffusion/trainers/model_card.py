@@ -9,9 +9,12 @@ import transformers
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
+from .._version import __version__
 from ..models.end_of_text import added_tokens
 from ..models.families import family_of
 from ..models.family import Blocks
+
+_LIBRARIES = ("trl", "transformers", "torch", "datasets")
 
 
 def write_model_card(
@@ -55,7 +58,7 @@ def write_model_card(
         paper_title=trainer._paper["title"],
         paper_id=trainer._paper["id"],
         trainer_citation=trainer._paper["citation"],
-        versions={name: version(name) for name in ("trl_diffusion", "trl", "transformers", "torch", "datasets")},
+        versions={"trl_diffusion": __version__, **{name: version(name) for name in _LIBRARIES}},
     )
     folder.mkdir(parents=True, exist_ok=True)
     card.save(folder / "README.md")
