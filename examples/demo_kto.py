@@ -9,12 +9,15 @@ The second act of `demo.py`: the same small model, aligned with ELBO-KTO from th
 
 import demo
 
-# Answers to problems that the model always solves are among the marked ones and seem to hold it: trained on those to
-# the other problems alone, one model unlearned everything
+# What is pushed down has no floor: with equal weights of the classes one model unlearned nearly everything. At a fifth for
+# wrong answers the right ones lead, those to problems that the model always solves among them, and a bolder learning
+# rate is safe (docs/demo.md).
 ALIGNMENT = demo.ALIGNMENT | {
     "loss_type": "kto",
     "batch_composition": "balanced",
     "beta": 0.3,
+    "undesirable_weight": 0.2,
+    "learning_rate": 2e-3,
     "per_device_train_batch_size": 16,  # as many responses as in eight pairs
 }
 ALIGNMENT.pop("loss_weights")
