@@ -97,7 +97,7 @@ VRPO = Act(
     columns=("prompt", "chosen", "rejected"),
     settings=ALIGNMENT,
     watched="Loss, margin and reward accuracy",
-    reading='`make demo-kto` does the same from thumbs up and down;\nREADME, "Train a model", has a run of LLaDA-8B',
+    reading='`make demo-kto` does the same from thumbs up and down;\nREADME, "Train", has a run of LLaDA-8B',
 )
 INTRODUCTION = """\
 The task: a model learned word problems from a student who mixes up "borrows" and "lends"; {method} is to cure it.
