@@ -10,8 +10,8 @@ The second act of `demo.py`: the same small model, aligned with ELBO-KTO from th
 import demo
 
 # What is pushed down has no floor: with equal weights of the classes one model unlearned nearly everything. At a fifth
-# for wrong answers the right ones lead, those to problems that the model always solves among them, and a bolder learning
-# rate is safe (docs/demo.md).
+# for wrong answers the right ones lead, those to problems that the model always solves among them; and a bolder
+# learning rate is safe (docs/demo.md).
 ALIGNMENT = demo.ALIGNMENT | {
     "loss_type": "kto",
     "batch_composition": "balanced",
