@@ -9,8 +9,9 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .command import Command
+from .parser import OF_THE_LAUNCH
 
-_OPTION = "--accelerate_config"
+_OPTION = OF_THE_LAUNCH[0]
 # Of accelerate's options, those that say what is launched, which is said here
 _OURS = ("-h", "--help", "-m", "--module", "--no_python", "--config_file")
 

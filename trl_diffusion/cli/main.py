@@ -23,7 +23,6 @@ COMMANDS = {
     "merge": ("merging", "MERGE", "merge an adapter into its base model"),
 }
 _HARNESS = ("lm-eval", "benchmarks of lm-evaluation-harness, with its own options")
-_LAUNCH = ("--accelerate_config", "--num_processes")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,13 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
         from .harness import harness
 
         return harness(options)
+    from .parser import OF_THE_LAUNCH
+
     module, attribute, _ = COMMANDS[name]
     command = getattr(import_module(f".{module}", __package__), attribute)
     if not options:
         print(command.introduction())
         return 0
     try:
-        if any(option.split("=")[0] in _LAUNCH for option in options):
+        if any(option.split("=")[0] in OF_THE_LAUNCH for option in options):
             from .launch import launch
 
             return launch(command, options)
@@ -69,7 +70,7 @@ def overview() -> str:
     head = "Masked diffusion language models, from a dataset to a judged model."
     tail = (
         "A command without options explains itself; with `--help` it lists them. They may stand in a YAML file\n"
-        f"(`--config FILE.yaml`). `{_LAUNCH[0]} NAME` runs a command on several devices."
+        "(`--config FILE.yaml`). `--accelerate_config NAME` runs a command on several devices."
     )
     return "\n".join([head, "", "usage: trl-diffusion COMMAND [options]", "", *lines, "", tail])
 

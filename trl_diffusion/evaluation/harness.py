@@ -28,7 +28,7 @@ from ..models.sampler_arguments import SamplerArguments
 from ..scoring.door import ModelConfig, get_quantization_config
 from .answers import Answerer
 from .greedy import is_greedy
-from .likelihood import Scorer, prepared, scored
+from .likelihood import OPTIONS, Scorer, prepared
 from .prompts import Prompts
 from .ready import load_ready
 from .until import Asked, asked_by
@@ -37,10 +37,7 @@ from .windows import Window, beginning
 logger = logging.getLogger("lm_eval.trl_diffusion")  # the harness shows what goes to its own
 
 _LOADING = ("dtype", "revision", "trust_remote_code", "attn_implementation", "load_in_4bit", "load_in_8bit")
-_LIKELIHOOD = (
-    *("method", "order", "num_mc_samples", "mask_scheme", "stratify", "control_variate"),
-    *("max_length", "draws_per_forward", "cfg_scale"),
-)
+_LIKELIHOOD = tuple(name for name in OPTIONS if name != "seed")  # which the sampler has too
 _NOT_ASKED_FOR = {"seed", "num_return_sequences", "return_dict_in_generate"}
 _SAMPLER = (*sorted({field.name for field in fields(SamplerArguments)} - _NOT_ASKED_FOR), "eos_token_id")
 _ITS_OWN = ("pretrained", "tokenizer", "peft", "batch_size", "device", "seed")
@@ -139,12 +136,12 @@ class DiffusionLM(LM):
         return answers
 
     def _prepared(self, texts: Any) -> tuple[list[Window], Scorer]:
-        return prepared(self.model, self.tokenizer, texts, seed=self._seed, **self._likelihood)
+        return prepared(self.model, self.tokenizer, texts, **OPTIONS | self._likelihood | {"seed": self._seed})
 
     def _scored(self, windows: list[Window], scorer: Scorer, disable_tqdm: bool) -> Iterator[dict[str, Any]]:
         """Rows of windows, whose standard errors are kept and summed up in the end."""
         errors = []
-        for row in scored(tqdm(windows, desc="scoring", disable=disable_tqdm or self._rank > 0), scorer):
+        for row in map(scorer, tqdm(windows, desc="scoring", disable=disable_tqdm or self._rank > 0)):
             errors.append(row["standard_error"])
             yield row
         self._errors += errors

@@ -11,9 +11,8 @@ masks that the head scores: those of the chain rule have no randomness but that 
 hold in each block, given the clean ones before it, and the log-likelihood is their sum: s is an order within blocks.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..estimators.draws import draw_masks
+from ..estimators.draws import MaskDraws, draw_masks
 from ..estimators.elbo import elbo
 from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
 from ..models.families import blocks_of, family_of
@@ -45,7 +44,6 @@ _BY_LEVEL = {"scheme": "bernoulli", "stratify": True, "control_variate": "none"}
 _BY_COUNT = {"scheme": "fixed_count", "stratify": False, "control_variate": "none"}
 LOSSES = {"t_dce": _BY_LEVEL, "lambda_dce": _BY_LEVEL, "k_dce": _BY_COUNT}
 METHODS = ("elbo", "chain_rule", *LOSSES)
-_SCHEME_BY_DEFAULT = {"scheme": "mirror", "stratify": True, "control_variate": "leave_one_out"}
 
 
 def likelihood(
@@ -111,7 +109,7 @@ def likelihood(
         seed=seed,
     )
     if output_dir is None:
-        return Likelihood.of(list(scored(tqdm(windows, desc="scoring"), scorer)))
+        return Likelihood.of([scorer(window) for window in tqdm(windows, desc="scoring")])
     function = scoring_key(model, scorer.mask_token_id, "no")
     key = {"model": hash_module(model), "function": function, "texts": _hash(windows), **scorer.drawing}
     key |= {"cfg_scale": cfg_scale} if cfg_scale else {}
@@ -123,21 +121,22 @@ def prepared(
     tokenizer: PreTrainedTokenizerBase,
     texts: Any,
     *,
-    method: str = "elbo",
-    order: str = "left_to_right",
-    num_mc_samples: int = 128,
-    mask_scheme: str = "mirror",
-    stratify: bool = True,
-    control_variate: str = "leave_one_out",
-    cfg_scale: float = 0.0,
-    max_length: int | None = None,
-    draws_per_forward: int | None = None,
-    seed: int = 0,
+    method: str,
+    order: str,
+    num_mc_samples: int,
+    mask_scheme: str,
+    stratify: bool,
+    control_variate: str,
+    cfg_scale: float,
+    max_length: int | None,
+    draws_per_forward: int | None,
+    seed: int,
 ) -> tuple[list[Window], "Scorer"]:
-    """What [`likelihood`] scores, and with what."""
+    """What [`likelihood`] scores, and with what; all of its arguments are said."""
     drawing = _drawing(method, order, seed)
     scheme = {"scheme": mask_scheme, "stratify": stratify, "control_variate": control_variate}
-    if method in LOSSES and scheme != _SCHEME_BY_DEFAULT:
+    by_default = {name: OPTIONS[name] for name in ("mask_scheme", "stratify", "control_variate")}
+    if method in LOSSES and [*scheme.values()] != [*by_default.values()]:
         raise ValueError(
             f"`method={method!r}` says itself how masks are drawn: leave `mask_scheme`, `stratify` and "
             f"`control_variate` out, got {scheme}."
@@ -151,12 +150,8 @@ def prepared(
     return windows_of(_rows(texts), tokenizer, scorer.mask_token_id, longest, scorer.first_is_shown), scorer
 
 
-def scored(windows: Iterable[Window], scorer: "Scorer") -> Iterator[dict[str, Any]]:
-    """The row of each window, one by one."""
-    for window in windows:
-        with evaluating(scorer.model), torch.no_grad():
-            row = scorer(window)
-        yield row
+# The options of a likelihood, and what they are unless something else is said
+OPTIONS = {name: value for name, value in (likelihood.__kwdefaults__ or {}).items() if name != "output_dir"}
 
 
 def _drawing(method: str, order: str, seed: int) -> dict[str, Any]:
@@ -200,15 +195,16 @@ class Scorer:
         return bool(family.logit_shift) and family.first_token == "nothing"
 
     def __call__(self, window: Window) -> dict[str, Any]:
+        """The row of a window."""
+        with evaluating(self.model), torch.no_grad():
+            return self._row(window)
+
+    def _row(self, window: Window) -> dict[str, Any]:
         ids = torch.tensor([window.ids], device=self.model.device)
         maskable = torch.arange(len(window.ids), device=ids.device)[None] >= window.begin
         real = torch.ones_like(maskable)
         blocks = blocks_of(self.model.config, maskable, real)
-        is_exact = "order" in self.drawing
-        draw = partial(chain_rule, nonce=window.number) if is_exact else partial(draw_masks, rows=ids)
-        draws = draw(maskable, **self.drawing, blocks=blocks)
-        if self.enumerates and blocks is None and 2 ** int(maskable.sum()) - 1 <= draws.num_mc_samples:
-            draws, is_exact = every_mask(maskable), True
+        draws, is_exact = self._draws(window, ids, maskable, blocks)
         if self.cfg_scale:
             denoiser = guided(self.model, ~maskable, self.cfg_scale, self.mask_token_id)
             out = elbo(denoiser, ids, maskable, draws=draws, mask_token_id=self.mask_token_id)
@@ -220,6 +216,16 @@ class Scorer:
         size = {"tokens": len(window.ids) - window.begin, "bytes": window.bytes}
         return {"nats": out.value.double().item(), "standard_error": error, **size}
 
+    def _draws(
+        self, window: Window, ids: torch.Tensor, maskable: torch.Tensor, blocks: torch.Tensor | None
+    ) -> tuple[MaskDraws, bool]:
+        """Masks of a window, and whether what they say has no error."""
+        if "order" in self.drawing:
+            return chain_rule(maskable, nonce=window.number, blocks=blocks, **self.drawing), True
+        if self.enumerates and blocks is None and 2 ** int(maskable.sum()) <= self.drawing["num_mc_samples"] + 1:
+            return every_mask(maskable), True
+        return draw_masks(maskable, rows=ids, blocks=blocks, **self.drawing), False
+
 
 def _kept(windows: list[Window], score: Scorer, key: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Rows of all windows, each scored by one process and kept."""
@@ -229,7 +235,7 @@ def _kept(windows: list[Window], score: Scorer, key: dict[str, Any], folder: Pat
     mine = windows[state.process_index :: state.num_processes]
     for window in tqdm(mine, desc="scoring", disable=not state.is_main_process):
         if window.number not in ledger.rows:
-            ledger.add(window.number, **next(scored([window], score)))
+            ledger.add(window.number, **score(window))
     state.wait_for_everyone()
     ledger.read()
     return [ledger.rows[window.number] for window in windows]

@@ -146,7 +146,8 @@ def as_they_are(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor
 
 
 def block_causal(model: PreTrainedModel, numbers: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The attention mask of whole rows in which each token sees its own block and those before it, as they are.
+    """
+    The attention mask of whole rows in which each token sees its own block and those before it, as they are.
 
     Args:
         model: a denoiser of a block diffusion family.

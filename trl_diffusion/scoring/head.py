@@ -58,8 +58,8 @@ class ELBOHeadOutput(FusedCausalLMOutput):
 
 
 def draws_at_hand(*args: Any, **kwargs: Any) -> MaskDraws:
-    """The sampler of a head that is only ever given draws."""
-    raise NotImplementedError
+    """The sampler of a head that is only ever given draws, and makes none."""
+    raise NotImplementedError("This head scores the draws that it is given: call `score`.")
 
 
 @dataclass(frozen=True)

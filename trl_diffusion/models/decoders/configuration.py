@@ -49,6 +49,8 @@ class BidirectionalConfig(_Config):
         kwargs.pop("attn_implementation", None)
         self.use_cache = False  # some publish `True`, which means nothing for a model that sees both sides
         super().__post_init__(**kwargs)
+        if hasattr(self, "output_router_logits"):  # whatever its value, TRL would ask for the loss of the router
+            del self.output_router_logits
         if self.is_causal:
             raise ValueError(
                 f"`is_causal=True` contradicts model_type={self.model_type!r}, a model that attends in both "
@@ -254,5 +256,3 @@ class LLaDAMoEConfig(BidirectionalConfig, Qwen3Config):
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at least 1 and at most `num_experts` "
                 f"({self.num_experts})."
             )
-        if hasattr(self, "output_router_logits"):  # whatever its value, TRL would ask for the loss of the router
-            del self.output_router_logits

@@ -89,5 +89,3 @@ class LLaDA2MoeConfig(BidirectionalConfig, Qwen3Config):
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at least 1 and at most the number of "
                 f"experts in `topk_group` ({self.topk_group}) groups, {of_a_group * self.topk_group}."
             )
-        if hasattr(self, "output_router_logits"):  # whatever its value, TRL would ask for the loss of the router
-            del self.output_router_logits

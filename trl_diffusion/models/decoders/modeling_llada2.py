@@ -160,6 +160,8 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
 class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
     """Embedding, layers and final norm."""
 
+    _input_embed_layer = "word_embeddings"
+
     def __init__(self, config: LLaDA2MoeConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -167,12 +169,6 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Glm4MoeRotaryEmbedding(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: Any) -> None:
-        self.word_embeddings = value
 
     @capture_outputs
     def forward(
