@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..estimators.draws import draw_masks
@@ -21,11 +20,11 @@ from ..models.chat_template import give_chat_template, use_training_template
 from ..models.denoiser import check_head, check_parts, resolve_mask_token_id
 from ..models.end_of_text import use_end_of_text
 from ..models.families import blocks_of, family_of
-from ..models.family import Blocks
 from ..models.full_logits import block_logits
 from ..models.padded import check_padding
 from ..models.positions import position_limit
 from ..models.trying import evaluating, is_elsewhere
+from ..scoring.adapters import base_of
 from .inputs import check_tokenizer, refuse_unknown_token
 from .template import left_out, refuse_open_turns
 
@@ -119,7 +118,7 @@ def check_family(model: Any, tokenizer: PreTrainedTokenizerBase, text: str = TEX
     Raises:
         ValueError: the text has less than two tokens.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     tokenizer = copy.deepcopy(tokenizer)
     use_end_of_text(tokenizer)
     ids = tokenizer(text)["input_ids"][: min(_LONGEST, position_limit(base) or _LONGEST)]
@@ -169,7 +168,7 @@ def _head(subject: _Subject) -> str:
 def _causality(subject: _Subject) -> str:
     _need_weights(subject)
     check_attention(subject.model, subject.mask)
-    if isinstance(family_of(subject.model.config).attention, Blocks):
+    if family_of(subject.model.config).in_blocks:
         return "a block sees itself and what is before it"
     return "the first token's logits change with the last token"
 

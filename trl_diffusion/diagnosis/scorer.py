@@ -20,7 +20,7 @@ from ..checks.numbers import naming_the_example
 from ..estimators.draws import MaskDraws, MaskSampler
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.families import blocks_of
-from ..scoring.adapters import refuse_changed_base
+from ..scoring.adapters import base_of, refuse_changed_base
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead
 from ..scoring.key import scoring_key
@@ -61,7 +61,7 @@ class Scorer:
 
     @property
     def mask_token_id(self) -> int:
-        return resolve_mask_token_id(_base(self.policy).config, self.tokenizer)
+        return resolve_mask_token_id(base_of(self.policy).config, self.tokenizer)
 
     def key(self) -> str:
         """Names the two functions: equal keys give equal log-probabilities of equal rows and draws."""
@@ -70,7 +70,7 @@ class Scorer:
 
     def blocks(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """Of a block diffusion model, the number of each token's block."""
-        return blocks_of(_base(self.policy).config, inputs["maskable"], inputs["attention_mask"].bool())
+        return blocks_of(base_of(self.policy).config, inputs["maskable"], inputs["attention_mask"].bool())
 
     def score(
         self, sampler: MaskSampler, inputs: dict[str, torch.Tensor], nonce: int
@@ -83,7 +83,7 @@ class Scorer:
 
         def log_probs(model: Any) -> torch.Tensor:
             ids, targets, real = (x.to(model.device) for x in (inputs["input_ids"], labels, inputs["attention_mask"]))
-            output = head(_base(model), ids, targets, real, nonce)
+            output = head(base_of(model), ids, targets, real, nonce)
             assert output.elbo is not None
             return output.elbo.log_probs.cpu()
 
@@ -148,20 +148,16 @@ def prepare(
     elif quantization_config is not None:
         raise ValueError("`quantization_config` is for a model that is given by its path: this one is loaded already.")
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(
-        _base(model).config._name_or_path,
+        base_of(model).config._name_or_path,
         revision=(args.model_init_kwargs or {}).get("revision"),
         trust_remote_code=args.trust_remote_code,
     )
     rows = desk.tokens(dataset, model, tokenizer)
     scorer = Scorer(_placed(model, args), _placed(ref_model, args), tokenizer, args)
     if ref_model is not None:
-        check_same_vocabulary(_base(model).config, _base(ref_model).config, tokenizer)
-        check_denoiser(_base(ref_model), scorer.mask_token_id)
+        check_same_vocabulary(base_of(model).config, base_of(ref_model).config, tokenizer)
+        check_denoiser(base_of(ref_model), scorer.mask_token_id)
     return scorer, [_pair(row) for row in rows]
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _check_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:

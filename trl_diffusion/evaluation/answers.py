@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..models.families import family_of
 from ..models.positions import position_limit
 from ..models.sampler import generate
 from ..models.sampler_arguments import read_arguments
+from ..scoring.adapters import base_of
 from .prompts import Prompts, refuse_long
 
 
@@ -40,7 +40,7 @@ class Answerer:
         seed: int,
         arguments: dict[str, Any],
     ):
-        self.model = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model = base_of(model)
         self.tokenizer, self.prompts, self.num_samples = tokenizer, prompts, num_samples
         self._seed, self.arguments = seed, arguments
         configs = (getattr(self.model, "generation_config", None),)

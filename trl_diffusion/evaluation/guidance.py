@@ -8,7 +8,6 @@ from transformers import PreTrainedConfig
 
 from ..estimators.elbo import token_logits
 from ..models.families import family_of
-from ..models.family import Blocks
 
 
 def check_guidance(config: PreTrainedConfig, cfg_scale: float) -> None:
@@ -16,7 +15,7 @@ def check_guidance(config: PreTrainedConfig, cfg_scale: float) -> None:
     if not isinstance(cfg_scale, int | float) or not 0 <= cfg_scale < float("inf"):
         raise ValueError(f"`cfg_scale` must be a finite number that is not negative, got {cfg_scale!r}.")
     family = family_of(config)
-    if cfg_scale and isinstance(family.attention, Blocks):
+    if cfg_scale and family.in_blocks:
         raise ValueError(
             f"`cfg_scale={cfg_scale}` is not there for block diffusion models such as {family.name}. Leave it out."
         )

@@ -17,7 +17,6 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
 from lm_eval.api.model import LM
-from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..models.chat_template import give_chat_template
@@ -25,6 +24,7 @@ from ..models.end_of_text import added_tokens
 from ..models.families import family_of
 from ..models.positions import position_limit
 from ..models.sampler_arguments import SamplerArguments
+from ..scoring.adapters import base_of
 from ..scoring.door import ModelConfig, get_quantization_config
 from .answers import Answerer
 from .greedy import is_greedy
@@ -86,7 +86,7 @@ class DiffusionLM(LM):
         if isinstance(pretrained, str):
             pretrained, tokenizer = load_ready(pretrained, _options(loading, self._device), peft)
         self.model, self.tokenizer = pretrained, tokenizer
-        base = pretrained.get_base_model() if isinstance(pretrained, PeftModel) else pretrained
+        base = base_of(pretrained)
         self.max_length = position_limit(base)
         give_chat_template(tokenizer, family_of(pretrained.config))
         self._before, _ = added_tokens(tokenizer)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +27,7 @@ from ..estimators.elbo import elbo
 from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
 from ..models.families import blocks_of, family_of
 from ..models.positions import position_limit
+from ..scoring.adapters import base_of
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead, draws_at_hand
 from ..scoring.key import scoring_key
@@ -183,7 +183,7 @@ class Scorer:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, draws_per_forward: int | None, **facts: Any) -> "Scorer":
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model)
         mask_token_id = resolve_mask_token_id(base.config, tokenizer)
         check_denoiser(base, mask_token_id)
         check_guidance(base.config, facts["cfg_scale"])
@@ -222,9 +222,10 @@ class Scorer:
         """Masks of a window, and whether what they say has no error."""
         if "order" in self.drawing:
             return chain_rule(maskable, nonce=window.number, blocks=blocks, **self.drawing), True
-        if self.enumerates and blocks is None and 2 ** int(maskable.sum()) <= self.drawing["num_mc_samples"] + 1:
+        draws = draw_masks(maskable, rows=ids, blocks=blocks, **self.drawing)  # which refuses what is no scheme
+        if self.enumerates and blocks is None and 2 ** int(maskable.sum()) - 1 <= draws.num_mc_samples:
             return every_mask(maskable), True
-        return draw_masks(maskable, rows=ids, blocks=blocks, **self.drawing), False
+        return draws, False
 
 
 def _kept(windows: list[Window], score: Scorer, key: dict[str, Any], folder: Path) -> list[dict[str, Any]]:

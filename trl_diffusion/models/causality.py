@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from .blocks import History, as_they_are, denoise, read
 from .families import blocks_of, family_of
-from .family import Blocks
 from .logits import hidden_states, logits_of
 from .trying import close, evaluating, trial_tokens
 
@@ -24,7 +23,7 @@ def check_attention(model: PreTrainedModel, mask_token_id: int) -> None:
         ValueError: names the layer.
     """
     tokens, name = trial_tokens(model, mask_token_id), type(model).__name__
-    if isinstance(family_of(model.config).attention, Blocks):
+    if family_of(model.config).in_blocks:
         return _check_blocks(model, tokens)
     changed = tokens.clone()
     changed[:, -1] = mask_token_id

@@ -132,6 +132,11 @@ class Family:
     sampling: tuple[tuple[str, Any], ...] = ()
     unscored: str = ""
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it is block diffusion."""
+        return isinstance(self.attention, Blocks)
+
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether a checkpoint with this configuration is one of the family."""
         return config.model_type in self.model_types and (self.only_if is None or self.only_if(config))

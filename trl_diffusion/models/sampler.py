@@ -20,7 +20,6 @@ from ..estimators.hashing import hash_rows
 from .block_sampler import generate_blocks
 from .canvas_logits import CanvasLogits
 from .families import family_of
-from .family import Blocks
 from .predictions import is_end, predict, reveal_counts, surest
 from .sampler_arguments import SamplerArguments, Tokens, read_arguments
 from .trying import evaluating
@@ -86,7 +85,7 @@ def generate(
             f"The prompt is empty, and {family.name} has no logits for the first token: give it one token."
         )
     with evaluating(model):
-        run = _one_by_one if isinstance(family.attention, Blocks) else _denoise
+        run = _one_by_one if family.in_blocks else _denoise
         sequences = run(model, prompts, attention_mask, arguments, tokens)
     return GenerateDecoderOnlyOutput(sequences=sequences) if arguments.return_dict_in_generate else sequences
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.families import family_of
-from ..models.family import Blocks
+from ..scoring.adapters import base_of
 from ..scoring.gradients import GRADIENT_MODES, choose_gradient_mode, trainable_parameters
 from ..scoring.responses import TOKENS_PER_FORWARD, draws_per_chunk
 from .live_bytes import nbytes
@@ -156,7 +156,7 @@ def _refuse(max_length: int, response_length: int | None, elbo_gradient: str) ->
 
 
 def _refuse_headless(model: Any) -> None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if base.get_output_embeddings() is None or base.base_model is base:
         raise ValueError(f"`{type(base).__name__}` has no output head over a backbone, so there is nothing to score.")
 
@@ -204,7 +204,7 @@ def length_of_largest_chunk(model: Any, longest: int, num_mc_samples: int, draws
     """Of responses of up to `longest` tokens, the length whose chunk holds most: of a shorter one more draws fit."""
     draws = draws_per_chunk(longest, draws_per_forward)
     shorter = TOKENS_PER_FORWARD // (draws + 1)
-    in_blocks = isinstance(family_of(model.config).attention, Blocks)  # only a part of a response is run
+    in_blocks = family_of(model.config).in_blocks  # only a part of a response is run
     if draws_per_forward is not None or draws >= num_mc_samples or not shorter or in_blocks:
         return longest
     power = 2 if model.config._attn_implementation == "eager" else 1  # scores of all pairs of tokens are kept

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..estimators.draws import MaskDraws
 from ..models.families import blocks_of, family_of
-from ..models.family import Blocks
+from ..scoring.adapters import base_of
 from ..scoring.gradients import trainable_parameters, waiting_bytes
 from ..scoring.head import ELBOHead, draws_at_hand
 from ..scoring.responses import Response, cut, draws_per_chunk
@@ -97,7 +97,7 @@ def rehearse(model: torch.nn.Module, step: Step) -> Counted:
     # Chunks of draws: in the second, a sum of gradients is there; autograd, whose sums change hands, needs a third
     draws = min(step.num_mc_samples, (2 if is_immediate else 3) * size)
     # Under block diffusion each response keeps the states of its clean text until its draws are run again
-    enough = step.num_responses if isinstance(family_of(model.config).attention, Blocks) else -(-3 * size // draws)
+    enough = step.num_responses if family_of(model.config).in_blocks else -(-3 * size // draws)
     responses = 1 if is_immediate else min(step.num_responses, enough)
     short = replace(step, num_responses=responses, num_mc_samples=draws)
     blocks = equal_blocks(model)
@@ -170,7 +170,7 @@ def _first_chunk(
 
 def _prepare(model: Any, step: Step) -> Any:
     """As the trainer does; returns the model that is inside an adapter."""
-    base = model.train().get_base_model() if isinstance(model, PeftModel) else model.train()
+    base = base_of(model.train())
     if base.config._attn_implementation not in ("eager", "sdpa"):
         base.config._attn_implementation = "sdpa"  # a kernel for GPUs only, which keeps no scores either
     if not step.layers:

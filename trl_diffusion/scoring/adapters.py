@@ -17,6 +17,11 @@ from ..models.families import family_of
 from .sharding import fsdp_is_asked_for
 
 
+def base_of(model: Any) -> Any:
+    """The model that is inside an adapter; one without an adapter itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def fitting_get_peft_model(
     get_peft_model: Callable[..., PeftModel], revision: str | None = None
 ) -> Callable[..., PeftModel]:

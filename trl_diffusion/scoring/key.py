@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..models.families import family_of
+from .adapters import base_of
 
 # Parts of a model's configuration that change nothing of what it computes
 _NOT_OF_THE_FUNCTION = (
@@ -31,7 +31,7 @@ def scoring_key(model: torch.nn.Module, mask_token_id: int, mixed_precision: str
         A text: the model's configuration, what scales its adapters, its family's record, the mask token and the
         precision.
     """
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: PreTrainedModel = base_of(model)
     settings = {name: value for name, value in base.config.to_dict().items() if name not in _NOT_OF_THE_FUNCTION}
     parts = (settings, adapter_scaling(model), family_of(base.config).key(), mask_token_id, mixed_precision)
     return json.dumps(

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
+
+from .adapters import base_of
 
 _SAMPLED = 4096  # numbers of each weight that are looked at
 _NOTICED = 0.01  # share of lost steps that is worth a word
@@ -12,7 +13,7 @@ _NOTICED = 0.01  # share of lost steps that is worth a word
 
 def is_quantised(model: torch.nn.Module) -> bool:
     """Whether its linear layers were loaded in 4 or 8 bits."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     return getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
 
 

@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from .._version import __version__
 from ..models.end_of_text import added_tokens
 from ..models.families import family_of
-from ..models.family import Blocks
 
 _LIBRARIES = ("trl", "transformers", "torch", "datasets")
 
@@ -52,7 +51,7 @@ def write_model_card(
         conversational=trainer._tokenizer.chat_template is not None,
         beginning=_beginning(trainer._tokenizer),
         auto_class_is_ours=not hasattr(transformers, _class_name(model)),
-        in_blocks=isinstance(family_of(model.config).attention, Blocks),
+        in_blocks=family_of(model.config).in_blocks,
         estimator=trainer.args.describe_estimator(),
         trainer_name=trainer._name,
         paper_title=trainer._paper["title"],

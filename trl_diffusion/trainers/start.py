@@ -19,7 +19,7 @@ from ..checks.numbers import naming_the_example
 from ..models.alignment import check_shift
 from ..models.denoiser import resolve_mask_token_id
 from ..models.trying import evaluating
-from ..scoring.adapters import refuse_half_of_a_tie
+from ..scoring.adapters import base_of, refuse_half_of_a_tie
 from ..scoring.head import FIXED_NONCE, on_draws
 from ..scoring.precision import warn_of_lost_updates
 from ..scoring.ready_adapter import tensors_of
@@ -219,7 +219,7 @@ def _sums_of_outputs(model: torch.nn.Module) -> Iterator[dict[str, float]]:
 
         return hook
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     handles = [module.register_forward_hook(remember(name)) for name, module in base.named_modules()]
     try:
         yield sums
