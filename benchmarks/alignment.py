@@ -11,17 +11,13 @@ in percentage points of held-out test problems with every step right; arms are c
 which takes out what the starts are worth.
 """
 
-import argparse
-import json
 import re
 import statistics
 import sys
 from pathlib import Path
 
-import torch
-from counters import machine
-from demo_starts import ROOT, mean_and_half_width
-from peft import PeftModel
+from cells import before_and_after, run_cells
+from demo_starts import mean_and_half_width
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
@@ -53,40 +49,25 @@ def run_cell(root: Path, arm: str, seed: int) -> dict:
     output = folder / ("vrpo" if arm == DEMO else re.sub(r"\W+", "_", arm).strip("_"))
     changes = {} if arm == DEMO else ARMS[arm] | {"max_steps": steps, "eval_steps": steps}
     history = demo.align(folder, output, seed=seed, **changes)
-    before, after = (
-        demo.shares(demo.test(model, made["tokenizer"], made["splits"]["test"]))
-        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
-    )
+    before, after = before_and_after(made, output, made["splits"]["test"])
     runtime = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
     return {"arm": arm, "seed": seed, "steps": steps, "before": before, "after": after, "seconds": runtime}
 
 
-def read(path: Path, cell: str = "arm") -> dict[tuple[str, int], dict]:
-    """Finished cells by (`cell`, seed)."""
-    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []
-    return {(row[cell], row["seed"]): row for row in rows}
-
-
-def keep(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
-
-
-def report(done: dict[tuple[str, int], dict], arms: list[str], baseline: str) -> None:
+def report(done: dict[tuple[str, int], dict]) -> None:
     """Gains, and start by start the difference to the baseline, with 95% t-intervals."""
-    print(f"\n| | starts | steps | every step right | gain | worst | without the two verbs | above {baseline} |")
+    print(f"\n| | starts | steps | every step right | gain | worst | without the two verbs | above {DEMO} |")
     print("|---|---|---|---|---|---|---|---|")
-    for arm in arms:
+    for arm in ARMS:
         rows = {seed: row for (name, seed), row in done.items() if name == arm}
         if not rows:
             continue
         gains = {key: [row["after"][key] - row["before"][key] for row in rows.values()] for key in ("right", "plain")}
         ends = [statistics.mean(row[when]["right"] for row in rows.values()) for when in ("before", "after")]
         above = [
-            row["after"]["right"] - done[baseline, seed]["after"]["right"]
+            row["after"]["right"] - done[DEMO, seed]["after"]["right"]
             for seed, row in rows.items()
-            if (baseline, seed) in done and arm != baseline
+            if (DEMO, seed) in done and arm != DEMO
         ]
         cells = [arm, len(rows), next(iter(rows.values()))["steps"], "{:.1f} -> {:.1f}".format(*ends)]
         cells += [mean_and_half_width(gains["right"]), f"{min(gains['right']):+.1f}"]
@@ -94,22 +75,5 @@ def report(done: dict[tuple[str, int], dict], arms: list[str], baseline: str) ->
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2000, 2008)))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--output_dir", type=Path, default=ROOT)
-    parser.add_argument("--report", action="store_true", help="only print what is finished")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    path = arguments.output_dir / "alignment.jsonl"
-    for seed in () if arguments.report else arguments.seeds:
-        for arm in sorted(arguments.arms, key=list(ARMS).index):
-            if (arm, seed) not in read(path):  # another process may be at work on it too
-                keep(path, run_cell(arguments.output_dir, arm, seed))
-    report(read(path), list(ARMS), DEMO)
-    print(machine())
-
-
 if __name__ == "__main__":
-    main()
+    run_cells(__doc__, list(ARMS), range(2000, 2008), "alignment.jsonl", run_cell, report)

@@ -10,19 +10,15 @@ and warns of), and problems that were solved before, of which there are few pair
 show). Finished cells are kept in `runs/demo_starts/collapse.jsonl` and not run again.
 """
 
-import argparse
 import re
 import statistics
 import sys
 from pathlib import Path
 
-import torch
-from counters import machine
-from demo_starts import ROOT, mean_and_half_width
-from peft import PeftModel
+from cells import before_and_after, run_cells
+from demo_starts import mean_and_half_width
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import alignment
 import demo
 
 from trl_diffusion.trainers.displacement import CHOSEN, REJECTED
@@ -63,10 +59,7 @@ def run_cell(root: Path, arm: str, seed: int) -> dict:
     output, changes = folder / re.sub(r"[^\w.]+", "_", f"collapse {arm}"), BASE | ARMS[arm]
     history = demo.align(folder, output, seed=seed, **changes, eval_steps=changes["max_steps"])
     problems = made["splits"]["validation"] + made["splits"]["test"]
-    before, after = (
-        demo.shares(demo.test(model, made["tokenizer"], problems))
-        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
-    )
+    before, after = before_and_after(made, output, problems)
     changed = {name: [entry[name] for entry in history if name in entry] for name in (CHOSEN, REJECTED)}
     margins = [entry["rewards/margins"] for entry in history if "rewards/margins" in entry]
     return {"arm": arm, "seed": seed, "before": before, "after": after, "margins": margins, **changed}
@@ -96,22 +89,5 @@ def is_warned_of(row: dict) -> bool:
     return any(change < -LIMIT and margin > 0 for change, margin in zip(row[CHOSEN], row["margins"], strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1008)))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--output_dir", type=Path, default=ROOT)
-    parser.add_argument("--report", action="store_true", help="only print what is finished")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    path = arguments.output_dir / "collapse.jsonl"
-    for seed in () if arguments.report else arguments.seeds:
-        for arm in arguments.arms:
-            if (arm, seed) not in alignment.read(path):  # another process may be at work on it too
-                alignment.keep(path, run_cell(arguments.output_dir, arm, seed))
-    report(alignment.read(path))
-    print(machine())
-
-
 if __name__ == "__main__":
-    main()
+    run_cells(__doc__, list(ARMS), range(1000, 1008), "collapse.jsonl", run_cell, report)

@@ -11,19 +11,15 @@ kept in `runs/demo_starts/iterative.jsonl` and not run again, and one that was i
 of held-out problems, those of the test and of the validation split, with every step right.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
-import torch
-from counters import machine
-from demo_starts import ROOT, mean_and_half_width
-from peft import PeftModel
+from cells import before_and_after, run_cells
+from demo_starts import mean_and_half_width
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import alignment
 import demo
 import iterative_vrpo
 from word_problem_rewards import prompts_of
@@ -42,10 +38,7 @@ def run_cell(root: Path, arm: str, seed: int) -> dict:
     else:
         output, pairs = run_rounds(folder, made["splits"], ARMS[arm], seed)
     problems = made["splits"]["validation"] + made["splits"]["test"]
-    before, after = (
-        demo.shares(demo.test(model, made["tokenizer"], problems))
-        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
-    )
+    before, after = before_and_after(made, output, problems)
     return {"arm": arm, "seed": seed, "before": before, "after": after, "pairs": pairs}
 
 
@@ -89,22 +82,5 @@ def report(done: dict[tuple[str, int], dict]) -> None:
         print(f"{key}: {three} above {one} by {mean_and_half_width(above)} points over {len(above)} starts")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1000, 1004)))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--output_dir", type=Path, default=ROOT)
-    parser.add_argument("--report", action="store_true", help="only print what is finished")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    path = arguments.output_dir / "iterative.jsonl"
-    for seed in () if arguments.report else arguments.seeds:
-        for arm in arguments.arms:
-            if (arm, seed) not in alignment.read(path):  # another process may be at work on it too
-                alignment.keep(path, run_cell(arguments.output_dir, arm, seed))
-    report(alignment.read(path))
-    print(machine())
-
-
 if __name__ == "__main__":
-    main()
+    run_cells(__doc__, list(ARMS), range(1000, 1004), "iterative.jsonl", run_cell, report)

@@ -14,7 +14,6 @@ micro-batches (rows and draws), over the squared norm of its mean: the inverse o
 another baseline is another loss, so its noise alone says little. Running means stand at their true values there.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -24,10 +23,10 @@ from datasets import load_dataset
 from peft import PeftModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import alignment
 import demo
+from cells import before_and_after, run_cells
 from demo_kto import ELBO_KTO
-from demo_starts import ROOT, mean_and_half_width
+from demo_starts import mean_and_half_width
 
 from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer
 from trl_diffusion.trainers.elbo_kto.baselines import BASELINES, DESIRABLE, UNDESIRABLE
@@ -51,10 +50,7 @@ def run_cell(root: Path, baseline: str, seed: int) -> dict:
     folder = root / f"seed-{seed}"
     output, made = folder / f"kto-{baseline}", demo.prepare(folder, seed)
     history = demo.align(folder, output, ELBO_KTO, seed=seed, eval_strategy="no", **options_of(baseline))
-    before, after = (
-        demo.shares(demo.test(model, made["tokenizer"], made["splits"]["test"]))
-        for model in (made["model"], PeftModel.from_pretrained(made["model"], output).eval())
-    )
+    before, after = before_and_after(made, output, made["splits"]["test"])
     runtime = next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
     return {"baseline": baseline, "seed": seed, "seconds": runtime, "before": before, "after": after}
 
@@ -143,21 +139,9 @@ def report(done: dict) -> None:
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(2000, 2008)))
-    parser.add_argument("--baselines", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--output_dir", type=Path, default=ROOT)
-    parser.add_argument("--report", action="store_true", help="only print what is finished")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    root, path = arguments.output_dir, arguments.output_dir / "kto_baselines.jsonl"
-    for seed in () if arguments.report else arguments.seeds:
-        for name in sorted(arguments.baselines, key=NAMES.index):
-            if (name, seed) not in alignment.read(path, "baseline"):  # another process may be at work on it too
-                alignment.keep(path, run_cell(root, name, seed) | measure_noise(root, name, seed))
-    report(alignment.read(path, "baseline"))
-
-
 if __name__ == "__main__":
-    main()
+    run_cells(
+        *(__doc__, NAMES, range(2000, 2008), "kto_baselines.jsonl"),
+        lambda root, name, seed: run_cell(root, name, seed) | measure_noise(root, name, seed),
+        *(report, "baseline"),
+    )

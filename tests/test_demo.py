@@ -3,12 +3,14 @@
 import importlib
 import json
 
+import cells
 import demo
 import demo_kto
 import demo_report
 import pytest
 import word_problems as task
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 TOY = {"d_model": 16, "n_layers": 1, "mlp_hidden_size": 16, "steps": 2, "goal": 0.0}
 
@@ -116,3 +118,21 @@ def test_a_student_model_need_not_reach_the_goal_but_has_to_calculate(monkeypatc
         with pytest.raises(RuntimeError, match=r"answers only 5\d% of the plain problems"):
             pretrain()
     assert rounds == [(8, 1.0), (4, 0.5), (2, 0.25)][: 1 if solved == 1 else 3]
+
+
+def test_the_base_of_a_comparison_is_tested_without_the_adapter(tmp_path, monkeypatch):
+    """An adapter is put into the layers of the model that it is loaded on."""
+    tokenizer = task.make_tokenizer()
+    model = task.make_model(tokenizer, d_model=16, n_layers=1, mlp_hidden_size=16)
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    made = {"model": task.LLaDAModelLM.from_pretrained(tmp_path / "base").eval(), "tokenizer": tokenizer}
+    problem = next(iter(task.make_splits(0, test=1, validation=1, pairs=1, pretraining=1)["test"]))
+    ids = tokenizer(problem.prompt, return_tensors="pt")["input_ids"]
+    expected = [each.eval()(input_ids=ids).logits for each in (made["model"], adapted)]
+    assert not expected[0].equal(expected[1])
+    monkeypatch.setattr(demo, "test", lambda model, *_: model(input_ids=ids).logits)
+    monkeypatch.setattr(demo, "shares", lambda tested: tested)
+    found = cells.before_and_after(made, tmp_path / "adapter", [problem])
+    assert [one.equal(other) for one, other in zip(found, expected, strict=True)] == [True, True]
