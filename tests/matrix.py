@@ -22,6 +22,7 @@ from test_kto import make_feedback
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig, ELBOKTOTrainer
+from trl_diffusion.models import SDARConfig
 
 VALUES = {
     "launch": ("one", "ddp", "fsdp2", "zero2", "zero3"),
@@ -31,6 +32,7 @@ VALUES = {
     "precision": ("bf16", "fp32"),
     "source": ("path", "memory"),
     "checkpointing": ("on", "off"),
+    "family": ("llada", "sdar"),  # sees all, and block by block
 }
 # What there is to be a reference, by what is trained: "off" is the model without its adapter, "ref" a copy of it
 REFERENCES = {
@@ -39,6 +41,7 @@ REFERENCES = {
     "qlora": ("off", "ref_model", "precomputed"),
     "peft": ("ref", "ref_model", "precomputed"),
 }
+LAYERS = {"llada": "LLaDALlamaBlock", "sdar": "Qwen3DecoderLayer"}
 STEPS = 2
 LEARNING_RATE = 0.25
 BETA = 0.2
@@ -57,6 +60,7 @@ class Cell:
     precision: str
     source: str
     checkpointing: str
+    family: str
 
     @property
     def processes(self):
@@ -67,7 +71,7 @@ class Cell:
         # A reference that moves, or that is scored on the same draws in each step, has an oracle of its own kind
         alone = self.reference in ("synced", "precomputed")
         reference = self.reference if alone else REFERENCES[self.weights][0]
-        return Cell("one", self.trainer, self.weights, reference, "fp32", "memory", "off")
+        return Cell("one", self.trainer, self.weights, reference, "fp32", "memory", "off", self.family)
 
     def __str__(self):
         return " ".join(getattr(self, field.name) for field in fields(self))
@@ -87,15 +91,29 @@ def pairs(cell):
 
 
 def save_inputs(folder):
-    """What cells load: a model, an adapter that was trained before, and rows."""
-    model = make_model(d_model=64, mlp_hidden_size=128)  # 4-bit blocks have 64 weights
-    model.save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(folder / "adapter")
+    """What cells load, by family: a model, an adapter that was trained before, and rows."""
+    for family, make in {"llada": make_llada, "sdar": make_sdar}.items():
+        model = make()
+        model.save_pretrained(folder / family / "model")
+        make_tokenizer().save_pretrained(folder / family / "model")
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(folder / family / "adapter")
+
+
+def make_llada():
+    return make_model(d_model=64, mlp_hidden_size=128)  # 4-bit blocks have 64 weights
+
+
+def make_sdar():
+    """Of the same sizes, and with the same special tokens."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 30, "initializer_range": 0.2}
+    tokens = {"mask_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 0}
+    return AutoModelForCausalLM.from_config(SDARConfig(**sizes, **tokens, block_size=4)).eval()
 
 
 def nf4(cell):
@@ -111,6 +129,7 @@ def load(folder, **how):
 
 
 def model_of(cell, folder):
+    folder = folder / cell.family
     if cell.weights == "peft":
         return PeftModel.from_pretrained(load(folder), str(folder / "adapter"), is_trainable=True)
     if cell.source == "path":
@@ -214,7 +233,8 @@ def environment_of(cell):
     """What `accelerate launch` sets for the configurations in examples/accelerate_configs."""
     precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if cell.precision == "bf16" else "no"}
     if cell.launch == "fsdp2":
-        return {**FSDP, **precision, "FSDP_CPU_RAM_EFFICIENT_LOADING": str(cell.source == "path").lower()}
+        layers = {"FSDP_TRANSFORMER_CLS_TO_WRAP": LAYERS[cell.family]}
+        return {**FSDP, **layers, **precision, "FSDP_CPU_RAM_EFFICIENT_LOADING": str(cell.source == "path").lower()}
     if cell.launch.startswith("zero"):
         whole = {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"} if cell.launch == "zero3" else {}
         init = cell.launch == "zero3" and cell.source == "path"

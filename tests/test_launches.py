@@ -69,7 +69,7 @@ def test_every_shipped_file_is_looked_at():
 @pytest.mark.parametrize("config", FILES)
 def test_the_matrix_is_set_up_by_the_shipped_files(monkeypatch, config):
     monkeypatch.setattr(os, "environ", dict(os.environ))  # the launcher writes into it
-    cell = Cell(FILES[config], "vrpo", "all", "copy", "bf16", "path", "on")
+    cell = Cell(FILES[config], "vrpo", "all", "copy", "bf16", "path", "on", "llada")
     wanted = {name: str(value) for name, value in environment_of(cell).items() if name not in NOT_OF_A_FILE}
     given = environment_by(config)
     assert {name: given.get(name) for name in wanted} == wanted

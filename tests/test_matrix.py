@@ -1,8 +1,9 @@
 """
 What users run, in every combination of two: how it is launched, which trainer, what is trained, against which
-reference, in which precision, from where, with layer checkpointing or without.
+reference, in which precision, from where, with layer checkpointing or without, and whether the model sees all at once
+or block by block.
 
-The full product has 1040 combinations that can exist. The table holds every pair of values that can stand together (a
+The full product has 2080 combinations that can exist. The table holds every pair of values that can stand together (a
 covering design, found by a greedy search from the shipped configurations with TRL's defaults), and, in bfloat16, each
 way in which a reference is scored before its weights are where training has them.
 """
@@ -17,48 +18,50 @@ from matrix import BETA, REFERENCES, VALUES, Cell, every_cell, make_trainer, pai
 pytestmark = pytest.mark.slow
 
 CELLS = read("""
-    one         vrpo        all         ref_model   bf16        memory      off
-    one         vrpo        all         copy        bf16        memory      off
-    one         vrpo        all         precomputed fp32        path        off
-    one         vrpo        lora        off         bf16        path        on
-    one         kto         all         synced      fp32        memory      off
-    one         kto         qlora       off         bf16        path        on
-    one         kto         peft        ref         fp32        path        off
-    ddp         vrpo        all         synced      bf16        path        on
-    ddp         vrpo        lora        off         bf16        path        on
-    ddp         vrpo        qlora       ref_model   bf16        memory      off
-    ddp         vrpo        peft        precomputed fp32        path        off
-    ddp         kto         all         copy        fp32        memory      off
-    ddp         kto         peft        ref         fp32        path        off
-    fsdp2       vrpo        all         copy        bf16        path        on
-    fsdp2       vrpo        lora        off         bf16        path        on
-    fsdp2       vrpo        lora        precomputed bf16        path        on
-    fsdp2       kto         all         precomputed bf16        memory      off
-    zero2       vrpo        all         precomputed bf16        path        on
-    fsdp2       vrpo        peft        ref_model   fp32        path        on
-    fsdp2       vrpo        qlora       off         bf16        path        on
-    fsdp2       kto         all         synced      bf16        path        on
-    fsdp2       kto         lora        precomputed fp32        path        off
-    fsdp2       kto         peft        ref         fp32        memory      on
-    zero2       vrpo        all         copy        bf16        path        on
-    zero2       vrpo        peft        ref         bf16        path        off
-    zero2       kto         all         synced      fp32        memory      off
-    zero2       kto         lora        off         fp32        memory      off
-    zero2       kto         lora        ref_model   fp32        memory      off
-    zero2       kto         qlora       precomputed fp32        memory      on
-    zero3       vrpo        all         copy        bf16        path        on
-    zero3       vrpo        all         synced      bf16        path        off
-    zero3       vrpo        lora        off         bf16        path        on
-    zero3       vrpo        qlora       off         bf16        path        on
-    zero3       vrpo        peft        ref         bf16        memory      off
-    zero3       vrpo        peft        ref_model   fp32        path        on
-    zero3       kto         peft        precomputed bf16        memory      off
+    one         vrpo        all         ref_model   bf16        memory      off llada
+    one         vrpo        all         copy        bf16        memory      off llada
+    one         vrpo        all         precomputed fp32        path        off llada
+    one         vrpo        lora        off         bf16        path        on  sdar
+    one         kto         all         synced      fp32        memory      off llada
+    one         kto         qlora       off         bf16        path        on  llada
+    one         kto         peft        ref         fp32        path        off llada
+    ddp         vrpo        all         synced      bf16        path        on  sdar
+    ddp         vrpo        lora        off         bf16        path        on  llada
+    ddp         vrpo        qlora       ref_model   bf16        memory      off llada
+    ddp         vrpo        peft        precomputed fp32        path        off llada
+    ddp         kto         all         copy        fp32        memory      off llada
+    ddp         kto         peft        ref         fp32        path        off llada
+    fsdp2       vrpo        all         copy        bf16        path        on  llada
+    fsdp2       vrpo        all         copy        bf16        path        on  sdar
+    fsdp2       vrpo        lora        off         bf16        path        on  llada
+    fsdp2       vrpo        lora        precomputed bf16        path        on  sdar
+    fsdp2       kto         all         precomputed bf16        memory      off llada
+    zero2       vrpo        all         precomputed bf16        path        on  llada
+    fsdp2       vrpo        peft        ref_model   fp32        path        on  llada
+    fsdp2       vrpo        qlora       off         bf16        path        on  sdar
+    fsdp2       kto         all         synced      bf16        path        on  llada
+    fsdp2       kto         lora        precomputed fp32        path        off llada
+    fsdp2       kto         peft        ref         fp32        memory      on  llada
+    zero2       vrpo        all         copy        bf16        path        on  llada
+    zero2       vrpo        peft        ref         bf16        path        off sdar
+    zero2       kto         all         synced      fp32        memory      off llada
+    zero2       kto         lora        off         fp32        memory      off llada
+    zero2       kto         lora        ref_model   fp32        memory      off sdar
+    zero2       kto         qlora       precomputed fp32        memory      on  llada
+    zero3       vrpo        all         copy        bf16        path        on  llada
+    zero3       vrpo        all         copy        bf16        path        on  sdar
+    zero3       vrpo        all         synced      bf16        path        off llada
+    zero3       vrpo        lora        off         bf16        path        on  llada
+    zero3       vrpo        qlora       off         bf16        path        on  llada
+    zero3       vrpo        peft        ref         bf16        memory      off llada
+    zero3       vrpo        peft        ref_model   fp32        path        on  llada
+    zero3       kto         peft        precomputed bf16        memory      off llada
 """)
 
 REFUSED = read("""
-    one         vrpo        lora        synced      bf16        path        on
-    one         vrpo        qlora       synced      bf16        path        on
-    one         vrpo        peft        synced      bf16        path        on
+    one         vrpo        lora        synced      bf16        path        on  llada
+    one         vrpo        qlora       synced      bf16        path        on  llada
+    one         vrpo        peft        synced      bf16        path        on  llada
 """)
 
 # The loss at the start, where policy and reference are equal: ln 2 in float32, and a half
@@ -91,7 +94,7 @@ def oracles(tmp_path_factory):
 @pytest.mark.parametrize("launch", VALUES["launch"])
 def test_two_steps_are_those_of_one_process_in_float32(oracles, tmp_path, launch):
     oracles, folder = oracles
-    for name in ("model", "adapter"):
+    for name in VALUES["family"]:
         (tmp_path / name).symlink_to(folder / name)
     outcomes = run([cell for cell in CELLS if cell.launch == launch], tmp_path)
     wrong = {str(cell): reason for cell, outcome in outcomes.items() if (reason := problem(cell, outcome, oracles))}
@@ -101,17 +104,16 @@ def test_two_steps_are_those_of_one_process_in_float32(oracles, tmp_path, launch
 @pytest.mark.parametrize("cell", REFUSED, ids=str)
 def test_a_reference_that_cannot_move_is_refused(oracles, tmp_path, cell):
     """With an adapter there is no second model; the option and what to set instead are named."""
-    (tmp_path / "model").symlink_to(oracles[1] / "model")
-    (tmp_path / "adapter").symlink_to(oracles[1] / "adapter")
+    (tmp_path / cell.family).symlink_to(oracles[1] / cell.family)
     make_pairs(4).save_to_disk(str(tmp_path / "rows"))
     with pytest.raises(NotImplementedError, match="`sync_ref_model=True`.*Use `sync_ref_model=False`"):
         make_trainer(cell, tmp_path, tmp_path / "rows")
 
 
 def test_a_reference_that_moves_is_not_scored_before_training(oracles, tmp_path):
-    (tmp_path / "model").symlink_to(oracles[1] / "model")
+    (tmp_path / "llada").symlink_to(oracles[1] / "llada")
     make_pairs(4).save_to_disk(str(tmp_path / "rows"))
-    cell = Cell("one", "vrpo", "all", "synced", "bf16", "path", "on")
+    cell = Cell("one", "vrpo", "all", "synced", "bf16", "path", "on", "llada")
     with pytest.raises(ValueError, match="`sync_ref_model=True`.*`precompute_ref_log_probs=False`"):
         make_trainer(cell, tmp_path, tmp_path / "rows", precompute_ref_log_probs=True)
 
