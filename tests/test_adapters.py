@@ -188,6 +188,17 @@ def test_an_adapter_of_another_name(tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
+    """transformers looks for the one called "default"."""
+    model = get_peft_model(make_model(), ADAPTERS["LoRA"](), adapter_name="sft")
+    saved = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "rewards/margins", "greater_is_better": False}
+    trainer = make_trainer(tmp_path, model, max_steps=2, eval_dataset=make_pairs(4), **saved, **best)
+    trainer.train()
+    first, second = (entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == first != second
+
+
 def test_a_second_adapter_named_default(tmp_path):
     model = ready_made("LoRA")
     model.add_adapter("other", ADAPTERS["LoRA"]())

@@ -70,6 +70,13 @@ def test_a_model_that_has_learnt_nothing_is_not_refused(seed, monkeypatch):
             check_shift(model, rows(), 2)
 
 
+def test_a_model_that_copies_what_it_sees_is_not_refused():
+    """At a token that repeats the one before it, logits of the token before are right without predicting anything."""
+    model = make_counter(1)
+    model.lm_head.weight.data = 2 * torch.eye(30, 32)  # says what stands there; of a hidden token, nothing
+    check_shift(model, [([9], [10, *[11] * 40])] * 4, 2)
+
+
 @pytest.mark.parametrize("some", [[], [([5], [6])]], ids=["none", "one token"])
 def test_too_little_text_has_no_verdict(some):
     check_shift(make_counter(1), some, 2)

@@ -13,6 +13,7 @@ from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig, get_peft_model
 from test_kto import make_feedback
+from transformers import ProcessorMixin
 
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, ELBOKTOConfig
 
@@ -332,6 +333,19 @@ def adapter():
     return get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
 
 
+class Processor(ProcessorMixin):
+    """Of texts and images."""
+
+    def __init__(self):
+        self.tokenizer = make_tokenizer()
+
+
+def merged():
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.merge_adapter()
+    return model
+
+
 GIVEN = {
     "a number": ({"model": 3}, "`model` must be a path or a model of transformers or PEFT, got `int`"),
     "a layer": ({"model": torch.nn.Linear(2, 2)}, "`model` must be a path or a model.*got `Linear`"),
@@ -349,6 +363,8 @@ GIVEN = {
         {"processing_class": "some/model"},
         "`processing_class` must be a tokenizer.*got `str`",
     ),
+    "processor": ({"processing_class": Processor()}, "got `Processor`.*a processor has it as `processor.tokenizer`"),
+    "merged adapter": ({"model": merged(), "ref_model": make_model()}, r"is merged .*`model.unmerge_adapter\(\)`"),
     "mask as end": (
         {"processing_class": with_token(eos_token="<|mdm_mask|>")},
         "`tokenizer.eos_token` is the mask token .2.",

@@ -6,6 +6,7 @@ The oracle is the class of transformers itself, given rows without padding one b
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import test_sft
@@ -140,7 +141,8 @@ def trained(kind, path, out, peft_config=None, dataset=None, **options):
     arguments = config(str(out), learning_rate=1e-2, disable_tqdm=True, **options)
     assert arguments.bf16 and arguments.gradient_checkpointing
     rows = make_pairs(4) if dataset is None else dataset
-    trainer = kind(str(path), args=arguments, train_dataset=rows, peft_config=peft_config)
+    model = str(path) if isinstance(path, Path) else path
+    trainer = kind(model, args=arguments, train_dataset=rows, peft_config=peft_config)
     trainer.train()
     return trainer
 
@@ -162,6 +164,16 @@ def test_trained_by_path_with_an_adapter_that_others_can_use(name, path, tmp_pat
         torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
         merged = again.merge_and_unload()(input_ids=ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_in_memory_is_given_the_tokenizer_where_it_came_from(tmp_path, adapted):
+    """Which alone names the mask."""
+    model = AutoModelForMaskedLM.from_pretrained(write_encoder(tmp_path / "published", "bert"))
+    model = get_peft_model(model, LoraConfig(r=2)) if adapted else model
+    trainer = trained(DiffusionVRPOTrainer, model, tmp_path / "out")
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert trainer.model.config.mask_token_id == trainer.processing_class.mask_token_id == 2
 
 
 def test_trained_whole_and_saved_as_what_transformers_loads(name, path, tmp_path):

@@ -185,7 +185,10 @@ def test_an_answer_from_elsewhere_or_rounded_is_refused(model):
         on_draws(Rounding(model), 1)(**batch, fused_lm_head=True)
 
 
-def test_response_at_position_zero_is_refused(model):
+def test_responses_where_there_are_none_are_refused(model):
+    with pytest.raises(ValueError, match="marks padding as part of a response"):
+        batch = make_batch()
+        scored(model, {**batch, "labels": batch["input_ids"].index_fill(1, torch.arange(3), -100)})
     with pytest.raises(ValueError, match="position 0"):
         scored(model, make_batch(prompt=0))
 

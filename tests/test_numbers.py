@@ -9,11 +9,11 @@ import pytest
 import test_kto
 import test_trainers
 import torch
-from conftest import make_model, make_pairs
+from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 
-from trl_diffusion import draw_masks, elbo
+from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer, draw_masks, elbo
 from trl_diffusion.estimators.elbo import noise_inputs, weigh
 from trl_diffusion.estimators.schemes import SCHEMES
 from trl_diffusion.resuming.checkpoints import problem_of
@@ -58,6 +58,21 @@ def test_the_named_example_is_the_one(tmp_path):
         for _ in range(9):  # until a draw leaves the word visible
             trainer.compute_loss(trainer.model, test_trainers.batch_of(trainer, range(4)))
             trainer.state.global_step += 1
+
+
+def test_an_optimiser_of_other_weights_trains_nothing(tmp_path):
+    """Made before the adapter was, as TRL and transformers accept it."""
+    model = make_model()
+    trainer = DiffusionVRPOTrainer(
+        model,
+        args=DiffusionVRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=1),
+        train_dataset=make_pairs(2),
+        processing_class=make_tokenizer(),
+        optimizers=(torch.optim.SGD(model.parameters()), None),
+        peft_config=LoraConfig(r=2),
+    )
+    with pytest.raises(RuntimeError, match="At step 1 no weight of the optimiser has a gradient.*leave `optimizers`"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name, clip", [("vrpo", 1.0), ("kto", 0.0)])

@@ -1,5 +1,6 @@
 """A reference that is scored before training: on which draws, for how long, and what is stored of it."""
 
+import copy
 import logging
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import make_model, make_pairs
 from datasets import load_from_disk
+from encoders import make_encoder, make_encoder_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -15,9 +17,10 @@ from test_kto import make_trainer as make_kto_trainer
 from test_trainers import batch_of, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trl_diffusion import DiffusionVRPOConfig
+from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
 from trl_diffusion.models import families
 from trl_diffusion.models.family import Family
+from trl_diffusion.scoring.head import on_draws
 from trl_diffusion.scoring.key import scoring_key
 from trl_diffusion.trainers import reference
 from trl_diffusion.trainers import stored as storing
@@ -118,7 +121,8 @@ def test_one_of_the_trainers_own_sets_is_evaluated_as_it_is(tmp_path):
     move_from_the_reference(trainer)
     together = trainer.evaluate()
     for name in sets:
-        assert trainer.evaluate(trainer.eval_dataset[name])["eval_loss"] == together[f"eval_{name}_loss"]
+        found = trainer.evaluate(trainer.eval_dataset[name], None, f"eval_{name}")  # in TRL's order, too
+        assert found[f"eval_{name}_loss"] == together[f"eval_{name}_loss"]
     with pytest.raises(ValueError, match="or give the rows as they were before a trainer prepared them"):
         trainer.evaluate(trainer.train_dataset)
 
@@ -325,3 +329,30 @@ def test_refusals(tmp_path, options, message):
 def test_batches_carry_a_value_for_each_set(tmp_path):
     trainer = make_trainer(tmp_path, precompute_ref_log_probs=True, num_reference_draw_sets=2, max_steps=1)
     assert batch_of(trainer)["ref_chosen_logps"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("where", ["copy", "given", "adapter off", "precomputed"])
+def test_the_reference_has_no_dropout(tmp_path, where):
+    """Whatever the mode is that a model came in; only `disable_dropout=False` leaves it to the policy."""
+    model = make_encoder("bert", mask_token_id=2).train()
+    options = {"disable_dropout": False, "precompute_ref_log_probs": where == "precomputed"}
+    args = DiffusionVRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    trainer = DiffusionVRPOTrainer(
+        *(model, copy.deepcopy(model) if where == "given" else None, args),
+        train_dataset=make_pairs(3),
+        processing_class=make_encoder_tokenizer(),
+        peft_config=LoraConfig(r=2) if where == "adapter off" else None,
+    )
+    inputs = batch_of(trainer)
+    trainer.model.train()
+    scorer = on_draws(trainer.ref_model or trainer.model, 0)
+    found = torch.cat(trainer.compute_ref_log_probs(scorer, inputs))
+    assert trainer.model.training
+    if where == "precomputed":
+        found = torch.cat([inputs[name] for name in trainer._reference_columns])
+    trainer.model.eval()
+    with torch.no_grad():
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        ask = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        policy = on_draws(trainer.model, 0)(**ask, fused_lm_head=True).log_probs.sum(1)  # it has learnt nothing
+    torch.testing.assert_close(found, policy, rtol=1e-6, atol=0)

@@ -9,7 +9,8 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.denoiser import is_word, resolve_mask_token_id
 from ..models.families import family_of
@@ -48,7 +49,7 @@ def check_writable(output_dir: str) -> None:
 
 
 def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
-    """Refuse what is not a model, and a model in memory whose tokenizer cannot be found."""
+    """Refuse what cannot be trained as a model, and a model in memory whose tokenizer cannot be found."""
     for name, value, other, ways in (
         ("model", model, isinstance(model, str), "a path or a model"),
         ("ref_model", ref_model, ref_model is None, "None or a model"),
@@ -60,10 +61,15 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
                 f"`{name}` was compiled (`compile()`): every response runs at its own length, so that nearly every "
                 "forward would be compiled anew. Give a model that is not."
             )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin | None):
+    if isinstance(model, PeftModel) and any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
+        raise ValueError(
+            "The adapter of `model` is merged into the base model: it would get no gradient, and the base model is not "
+            "what the adapter was added to. Call `model.unmerge_adapter()`."
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise TypeError(
             f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load "
-            "it with `AutoTokenizer.from_pretrained`."
+            "it with `AutoTokenizer.from_pretrained`; a processor has it as `processor.tokenizer`."
         )
     if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", ""):
         raise ValueError(
@@ -145,9 +151,13 @@ def refuse_unknown_token(token: int, vocab_size: int) -> None:
 def require_trainable(model: Any) -> None:
     """Refuse to train a model of which no weight would change."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        adapter = isinstance(model, PeftModel)
-        cure = "Load its adapter with `is_trainable=True`" if adapter else "Call `model.requires_grad_(True)`"
+        adapted = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
+        adapter = (
+            "Give the path of its adapter as `model`, or load it with `PeftModel.from_pretrained(base_model, path, "
+            "is_trainable=True)`."
+        )
+        whole = "Call `model.requires_grad_(True)` before it is given to the trainer."
         raise ValueError(
-            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. {cure} "
-            "before it is given to the trainer."
+            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. "
+            f"{adapter if adapted else whole}"
         )

@@ -29,17 +29,23 @@ def naming_the_example(inputs: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 class FiniteGradients(TrainerCallback):
     """
-    Stops before a gradient that is not finite reaches the weights.
+    Stops before a gradient that is not finite reaches the weights, and where there is none to reach them.
 
     Clipping turns one infinite element into NaN everywhere, transformers leaves NaN losses out of its log, and the next
     checkpoint would hold NaN weights.
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.fp16:  # its scaler skips such steps, and counts on meeting some
-            return
         optimizer = kwargs["optimizer"]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients and args.deepspeed_plugin is None:  # which keeps gradients to itself
+            raise RuntimeError(
+                f"At step {state.global_step + 1} no weight of the optimiser has a gradient: nothing would be trained. "
+                "An optimiser that was made before the trainer, and passed as `optimizers`, does not have the adapter "
+                "that `peft_config` makes: leave `optimizers` out. Otherwise what is trained is no part of the score."
+            )
+        if args.fp16:  # its scaler skips such steps, and counts on meeting some
+            return
         gradients = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
         gradients = [gradient for gradient in gradients if gradient.numel()]
         if not gradients or bool(torch.isfinite(torch.stack(_largest(gradients))).all()):

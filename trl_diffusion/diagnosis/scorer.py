@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..checks.datasets import check_datasets
 from ..checks.inputs import check_arguments, check_models, check_same_vocabulary
@@ -24,7 +24,7 @@ from ..scoring.adapters import base_of, refuse_changed_base
 from ..scoring.door import hash_module
 from ..scoring.head import ELBOHead
 from ..scoring.key import scoring_key
-from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options
+from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options, tokenizer_of
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from ..trainers.vrpo.trainer import DiffusionVRPOTrainer
 
@@ -147,11 +147,7 @@ def prepare(
         _check_adapters(model, ref_model, peft_config)  # the path may be that of an adapter
     elif quantization_config is not None:
         raise ValueError("`quantization_config` is for a model that is given by its path: this one is loaded already.")
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(
-        base_of(model).config._name_or_path,
-        revision=(args.model_init_kwargs or {}).get("revision"),
-        trust_remote_code=args.trust_remote_code,
-    )
+    tokenizer = tokenizer or tokenizer_of(base_of(model).config, loading_options(args))
     rows = desk.tokens(dataset, model, tokenizer)
     scorer = Scorer(_placed(model, args), _placed(ref_model, args), tokenizer, args)
     if ref_model is not None:
@@ -174,8 +170,6 @@ def _check_adapters(model: Any, ref_model: Any, peft_config: Any) -> None:
         raise ValueError(
             "Virtual tokens before the prompt cannot be scored: use an adapter on the layers, such as LoRA."
         )
-    if isinstance(model, PeftModel) and any(getattr(module, "merged", False) for module in model.modules()):
-        raise ValueError("The adapter is merged into the base model, the reference: call `model.unmerge_adapter()`.")
     for config in configs if ref_model is None else ():
         refuse_changed_base(config, "Pass that one as `ref_model`.")
 

@@ -106,7 +106,11 @@ def check_shift(model: PreTrainedModel, rows: Rows, mask_token_id: int) -> Align
 
 
 def _nats(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int], mask_token_id: int) -> torch.Tensor:
-    """`(2, n)` negative log-probabilities of n hidden tokens, from the logits at them, and from those before them."""
+    """
+    `(2, n)` negative log-probabilities of n hidden tokens, from the logits at them, and from those before them.
+
+    A token that repeats the one before it tells nothing: logits at a token that is seen may be of that token.
+    """
     prompt = prompt[-_LONGEST // 2 :]
     ids = torch.tensor([*prompt, *response[: _LONGEST // 2]], device=model.get_input_embeddings().weight.device)
     hidden = torch.arange(max(len(prompt), 1), len(ids), 2, device=ids.device)
@@ -114,6 +118,7 @@ def _nats(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
         ids.index_fill(0, hidden, mask_token_id),
         torch.arange(len(ids), device=ids.device) >= len(prompt),
     )
+    hidden = hidden[ids[hidden] != ids[hidden - 1]]
     log_probs = _both_alignments(model, noised, ids, is_response, hidden).float().log_softmax(-1)
     targets = ids[hidden].to(log_probs.device).expand(2, -1).unsqueeze(-1)
     return -log_probs.gather(-1, targets).squeeze(-1).cpu()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
@@ -48,6 +49,20 @@ def finish_checkpoint(trainer: Any, folder: str, record: dict[str, Any]) -> None
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         seal(folder, record)
+
+
+def load_best_adapter(trainer: Any) -> bool:
+    """
+    Load the best adapter of a run, where it is not called "default". Returns whether it was.
+
+    PEFT saves such a one in a folder of its own, in which transformers does not look at the end.
+    """
+    name = trainer.model.active_adapters[0] if isinstance(trainer.model, PeftModel) else "default"
+    folder = Path(trainer.state.best_model_checkpoint) / name
+    if name == "default" or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not folder.is_dir():
+        return False
+    trainer.model.load_adapter(str(folder), name)
+    return True
 
 
 @contextmanager

@@ -111,12 +111,12 @@ class ELBOHead:
             [`ELBOHeadOutput`].
 
         Raises:
-            ValueError: a response starts at position 0, where TRL does not look, or a log-probability is not finite.
+            ValueError: a response starts at position 0, where TRL does not look, or holds padding; or a log-probability
+                is not finite.
         """
         maskable = labels != -100
-        if bool(maskable[:, 0].any()):
-            raise ValueError("A response starts at position 0: give every example a prompt of at least one token.")
         real = torch.ones_like(maskable) if attention_mask is None else attention_mask.bool()
+        _refuse_misplaced(maskable, real)
         blocks = blocks_of(model.config, maskable, real)
         draws = self.sampler(maskable, input_ids, real, draw_nonce, blocks=blocks)
         elbo = self.score(model, cut(input_ids, real, draws, self.draws_per_forward, blocks), maskable, draws)
@@ -242,6 +242,18 @@ def _score_draws(
     predicting = chunk.positions - places + family_of(model.config).predicting(places)  # in the same row
     log_probs = token_log_probs(model, hidden.flatten(0, 1), predicting, ids[places])
     return log_probs.new_zeros(noised.numel()).index_copy(0, chunk.positions, log_probs).view(noised.shape)
+
+
+def _refuse_misplaced(maskable: torch.Tensor, real: torch.Tensor) -> None:
+    """Refuse responses that a data collator has marked where there are none."""
+    at_first, in_padding = torch.stack([maskable[:, 0].any(), (maskable & ~real).any()]).tolist()
+    if at_first:
+        raise ValueError("A response starts at position 0: give every example a prompt of at least one token.")
+    if in_padding:
+        raise ValueError(
+            "The data collator marks padding as part of a response, so that it would be scored: `completion_mask` (for "
+            "SFT `labels`) is set where `attention_mask` is 0. Correct the collator, or leave `data_collator` out."
+        )
 
 
 def _to_trl(elbo: ELBO, maskable: torch.Tensor, mask_ratio: torch.Tensor) -> ELBOHeadOutput:

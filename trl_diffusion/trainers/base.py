@@ -23,7 +23,7 @@ from ..models.denoiser import check_denoiser, resolve_mask_token_id
 from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
-from ..resuming.run import checkpoint_to_resume, finish_checkpoint, saving_a_checkpoint
+from ..resuming.run import checkpoint_to_resume, finish_checkpoint, load_best_adapter, saving_a_checkpoint
 from ..scoring.adapters import check_reference_of_adapters, fitting_get_peft_model, reference_copy
 from ..scoring.door import check_asked_for, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
@@ -32,7 +32,7 @@ from ..scoring.precision import cast_adapters, keep_differentiable
 from ..scoring.ready_adapter import ReadyAdapter, take_over
 from .coupling import CouplingWatch
 from .data import DataMixin
-from .loading import completed, find_model, load_model, load_tokenizer, loading_options
+from .loading import completed, find_model, load_model, load_tokenizer, loading_options, tokenizer_of
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
 from .processes import ProcessesMixin
@@ -117,7 +117,9 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
             self._revision = None if source.is_adapter else options.get("revision")
             return ref_model, tokenizer or load_tokenizer(source, options)
         check_placed(model, "model")
-        check_denoiser(self._go_by(model), resolve_mask_token_id(self._model_config, tokenizer))
+        base = self._go_by(model)
+        tokenizer = tokenizer or tokenizer_of(base.config, loading_options(args))
+        check_denoiser(base, resolve_mask_token_id(base.config, tokenizer))
         self._ready_adapter = take_over(model, args.adapter_dtype)
         needed = ref_model is None and self._has_reference
         return (reference_copy(model, args, peft_config) if needed else ref_model), tokenizer
@@ -220,6 +222,10 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     # Saving, see resuming/
+
+    def _load_best_model(self) -> None:
+        if not load_best_adapter(self):
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with saving_a_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):

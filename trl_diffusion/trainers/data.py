@@ -63,7 +63,7 @@ class DataMixin(_TRLTrainer):
         )
         return scorable(dataset, self._completion_columns, rules, **where)
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, see [`~trl.DPOTrainer.evaluate`]; the trainer's own evaluation sets are prepared already."""
         named = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         own = [name for name, dataset in named.items() if dataset is eval_dataset]
@@ -73,7 +73,7 @@ class DataMixin(_TRLTrainer):
             eval_dataset = own[0]
         else:
             check_eval_dataset(eval_dataset, self._row_forms, self._reference_columns, self.args.dataset_num_proc)
-        return super().evaluate(eval_dataset, **kwargs)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:

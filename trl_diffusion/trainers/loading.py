@@ -59,7 +59,7 @@ def find_model(path: str, options: dict[str, Any]) -> Source:
         OSError: there is no model there, or it cannot be had without a network.
         ValueError: an adapter that does not say what its base model is, or a family with another ELBO.
     """
-    finding = {name: options[name] for name in _FINDING if options.get(name) is not None}
+    finding = _finding(options)
     trust = {"trust_remote_code": options.get("trust_remote_code", False)}
     adapter = find_adapter(path, finding)
     base, base_finding = path, finding
@@ -75,6 +75,10 @@ def find_model(path: str, options: dict[str, Any]) -> Source:
     except (OSError, ValueError) as error:
         raise OSError(_why_not(path, base, error)) from error
     return Source(path, finding, base, base_finding, config)
+
+
+def _finding(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _FINDING if options.get(name) is not None}
 
 
 def _as_written(base: str, finding: dict[str, Any]) -> Any:
@@ -145,6 +149,12 @@ def load_tokenizer(source: Source, options: dict[str, Any]) -> PreTrainedTokeniz
         f"`model={source.path!r}` has no tokenizer that could be loaded: {_in_one_line(problem)} Pass the one that its "
         "token ids come from as `processing_class`."
     ) from problem
+
+
+def tokenizer_of(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer where a model in memory came from, as its `config` has it; see [`load_tokenizer`]."""
+    path, finding = config._name_or_path, _finding(options)
+    return load_tokenizer(Source(path, finding, path, finding, config), options)
 
 
 def find_adapter(path: str, finding: dict[str, Any]) -> PeftConfig | None:

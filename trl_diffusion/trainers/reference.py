@@ -8,7 +8,7 @@ is stored, so that a run that was interrupted goes on with the part it was at.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..checks.numbers import naming_the_example
 from ..models.denoiser import resolve_mask_token_id
+from ..models.trying import evaluating
 from ..resuming.record import hash_of_rows
 from ..scoring.door import prepare_deepspeed
 from ..scoring.head import FIXED_NONCE, on_draws
@@ -174,8 +175,13 @@ class ReferenceMixin(_TRLTrainer):
         return self.args.disable_tqdm or not self.accelerator.is_main_process
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        """Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`]."""
-        with naming_the_example(inputs, self._tokenizer), gradients_stay_wanted(self.model) as restore:
+        """
+        Score the reference, see [`~trl.DPOTrainer.compute_ref_log_probs`].
+
+        It has no dropout, which `disable_dropout=False` leaves to the policy.
+        """
+        settled = nullcontext() if self.args.disable_dropout else evaluating(self.ref_model or self.model)
+        with naming_the_example(inputs, self._tokenizer), settled, gradients_stay_wanted(self.model) as restore:
             return super().compute_ref_log_probs(_after(restore, model), inputs)
 
 
