@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 
@@ -57,7 +57,7 @@ def load_best_adapter(trainer: Any) -> bool:
 
     PEFT saves such a one in a folder of its own, in which transformers does not look at the end.
     """
-    name = trainer.model.active_adapters[0] if isinstance(trainer.model, PeftModel) else "default"
+    name = trainer.model.active_adapters[0] if is_peft_model(trainer.model) else "default"
     folder = Path(trainer.state.best_model_checkpoint) / name
     if name == "default" or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not folder.is_dir():
         return False
