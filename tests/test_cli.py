@@ -130,11 +130,24 @@ def test_a_newcomers_way(tmp_path, capsys, checkpoint):
         (["score", "--model_name_or_path", "MODEL", "--text_files", "none.txt"], "none.txt"),
         (["sample-pairs", "--model_name_or_path", "MODEL", "--reward_funcs", "acuracy"], "is not found"),
         (["vrpo", "--model_name_or_path", "MODEL", "--output_dir", "out", *ON_THE_CPU], "Give a dataset"),
+        (["vrpo", "--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--test_split_size", "0.5", *ON_THE_CPU]
+         + ["--output_dir", "out"], "`--test_split_size` is for `datasets` in a YAML file"),
+        (["score", "--model_name_or_path", "MODEL", "--dataset_name", "DATA"],
+         "it has ['train']. Name one of them with `--dataset_test_split`.\n"),
+        (["score", "--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--text_files", "a.txt"],
+         "Both `--text_files` and `--dataset_name` are given"),
+        (["score", "--model_name_or_path", "MODEL", "--text_files", "DATA/latin-1"], "is not a text in UTF-8"),
+        (["sample-pairs", "--model_name_or_path", "MODEL", "--reward_funcs", "trl.rewards"], "rewards is no function"),
+        (["merge", "--model_name_or_path", "MODEL", "--output_dir", "DATA/adapter"], "holds an adapter, which"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_values_that_do_not_fit_end_in_a_line(tmp_path, capsys, monkeypatch, checkpoint, arguments, message):
     monkeypatch.chdir(tmp_path)
+    Dataset.from_dict({"text": ["say hi"]}).to_json(tmp_path / "DATA" / "train.jsonl")
+    (tmp_path / "DATA" / "latin-1").write_bytes(b"\xe9")
+    (tmp_path / "DATA" / "adapter").mkdir()
+    (tmp_path / "DATA" / "adapter" / "adapter_config.json").write_text("{}")
     assert main([str(checkpoint) if part == "MODEL" else part for part in arguments]) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith(f"trl-diffusion {arguments[0]}: error: ") and message in error
@@ -146,12 +159,29 @@ def test_values_that_do_not_fit_end_in_a_line(tmp_path, capsys, monkeypatch, che
         (["generate", "--model_name_or_path", "x"], "`--prompts` is missing"),
         (["sample-pairs", "--model_name_or_path", "x"], "`--reward_funcs` is missing"),
         (["score"] + ["--method", "guess"], "invalid choice: 'guess'"),
+        (["sample-pairs", "--model_name_or_path", "x", "--reward_funcs", "x", "--temperature", "0"], "greedy answers"),
+        (["generate", "--use_peft"], "`--use_peft` is not an option"),
+        (["score", "--dataset_train_split", "x"], "Did you mean `--dataset_test_split`?"),
+        (["sample-pairs", "--dataset_streaming"], "`--dataset_streaming` is not an option"),
+        (["iterative-vrpo", "--dataset_streaming"], "`--dataset_streaming` is not an option"),
+        (["sft", "--ignore_bias_buffers"], "`--ignore_bias_buffers` is not an option"),
     ],
 )  # fmt: skip
 def test_missing_options_are_named(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_one_value_of_a_list_in_a_yaml_file(tmp_path):
+    """Is a list of it, and not of its characters."""
+    (tmp_path / "options.yaml").write_text("model_name_or_path: x\nprompts: say hi\n")
+    _, arguments = command("generate").parser().parse_args_and_config(["--config", str(tmp_path / "options.yaml")])
+    assert arguments.prompts == ["say hi"]
+    (tmp_path / "mixture.yaml").write_text("model_name_or_path: x\nloss_type: ipo\ndatasets:\n  path: y\n")
+    options = ["--config", str(tmp_path / "mixture.yaml"), "--output_dir", str(tmp_path), *ON_THE_CPU]
+    _, training, _, mixture = command("vrpo").parser().parse_args_and_config(options)
+    assert training.loss_type == ["ipo"] and [each.path for each in mixture.datasets] == ["y"]
 
 
 # Several devices

@@ -7,7 +7,7 @@ import test_kto
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainers import batch_of, elbos_by_hand, make_trainer
 from transformers import GenerationConfig
 from trl import LogCompletionsCallback
@@ -101,26 +101,28 @@ def letters(completions, **kwargs):
     return [len(text) for text in completions]
 
 
+def rewards_of(model):
+    """Of greedy answers, counted here."""
+    lengths = []
+    for prompt in PROMPTS:
+        ids = make_tokenizer()([prompt], return_tensors="pt").input_ids
+        answer = model.generate(input_ids=ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
+        end = next((i for i, token in enumerate(answer) if token in (0, 5)), 6)
+        text = make_tokenizer().decode(answer[:end], skip_special_tokens=True)
+        lengths.append(len(f" {text}") if text else 0)
+    return lengths
+
+
 @pytest.mark.parametrize("adapter", [None, LoraConfig(r=4)])
 def test_rewards_and_wins_against_the_base(tmp_path, adapter):
     """Rewards are those of the answers, counted here; the base is the model as it was."""
     trainer = make_trainer(tmp_path, peft_config=adapter, max_steps=4, learning_rate=0.1, loss_type=["sft"])
     trainer.add_callback(WinRateCallback(trainer, PROMPTS, letters, freq=4, max_new_tokens=6, batch_size=2))
 
-    def answers(model):
-        texts = []
-        for prompt in PROMPTS:
-            ids = make_tokenizer()([prompt], return_tensors="pt").input_ids
-            answer = model.generate(input_ids=ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
-            end = next((i for i, token in enumerate(answer) if token in (0, 5)), 6)
-            text = make_tokenizer().decode(answer[:end], skip_special_tokens=True)
-            texts.append(len(f" {text}") if text else 0)
-        return texts
-
-    base = answers(make_model())
+    base = rewards_of(make_model())
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "eval_win_rate" in entry]
-    now = answers(trainer.model)
+    now = rewards_of(trainer.model)
     assert now != base
     assert entry["eval_reward"] == pytest.approx(sum(now) / 3) and entry["eval_reward_base"] == pytest.approx(
         sum(base) / 3
@@ -129,6 +131,25 @@ def test_rewards_and_wins_against_the_base(tmp_path, adapter):
     assert entry["eval_win_rate"] == pytest.approx(sum(wins) / 3) and entry["step"] == 4
     losses = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert len(losses) == 4  # metrics of training are not taken away from its own log
+
+
+def test_the_base_of_an_adapter_that_came_with_the_model(tmp_path, caplog):
+    """Is the adapter as it came, which is the reference, also when training is resumed, and not the model below it."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(make_model(), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    bare, options = rewards_of(make_model()), {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "steps"}
+    expected = rewards_of(PeftModel.from_pretrained(make_model(), tmp_path / "adapter"))
+    assert expected != bare
+    for is_resumed in (False, True):
+        model = PeftModel.from_pretrained(make_model(), tmp_path / "adapter", is_trainable=True)
+        trainer = make_trainer(tmp_path / "run", model, **options | {"save_steps": 1})
+        trainer.add_callback(WinRateCallback(trainer, PROMPTS, letters, freq=2, max_new_tokens=6))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1") if is_resumed else None)
+        (entry,) = [entry for entry in trainer.state.log_history[-2:] if "eval_win_rate" in entry]
+        assert entry["eval_reward_base"] == pytest.approx(sum(expected) / 3)
+        trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        assert trained and not any(".ref." in name for name in trained)
 
 
 def test_it_looks_at_each_evaluation(tmp_path):

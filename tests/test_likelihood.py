@@ -12,6 +12,7 @@ from datasets import Dataset
 from oracles import subsets
 from peft import LoraConfig, get_peft_model
 from test_decoders import FOLDERS
+from test_tokens import ADDED, adding
 
 from trl_diffusion import Likelihood, likelihood
 from trl_diffusion.evaluation import likelihood as module
@@ -21,8 +22,9 @@ MASK = 2
 TEXTS = ["what is one plus", "say hi", "red green blue you say"]
 
 
-def score(texts=TEXTS, *, model=None, **options):
-    return likelihood(model or make_model(), make_tokenizer(), texts, **options)
+def score(texts=TEXTS, *, model=None, tokenizer=None, **options):
+    tokenizer = adding(ADDED[tokenizer][0]) if tokenizer else make_tokenizer()
+    return likelihood(model or make_model(), tokenizer, texts, **options)
 
 
 def log_probs(model, ids, hidden):
@@ -170,6 +172,15 @@ def test_a_text_that_is_too_long_is_scored_in_windows():
     assert cut.nats == pytest.approx(whole.nats, rel=1e-6) and len(cut.rows) == 2
 
 
+HI = {"role": "user", "content": "hi"}
+
+
+def test_equal_texts_have_masks_of_their_own():
+    """So that their errors are independent; the first has those that it has alone."""
+    rows = score([TEXTS[2]] * 3, num_mc_samples=4).rows
+    assert rows[0] == score([TEXTS[2]], num_mc_samples=4).rows[0] and len({row["nats"] for row in rows}) == 3
+
+
 @pytest.mark.parametrize(
     "texts, options, error, message",
     [
@@ -183,6 +194,20 @@ def test_a_text_that_is_too_long_is_scored_in_windows():
         (["say hi"], {"cfg_scale": -1}, ValueError, "`cfg_scale` must be a finite number that is not negative"),
         (["say hi"], {"method": "exact"}, ValueError, "`method` must be one of"),
         (["say hi"], {"order": "best"}, ValueError, "`order` one of"),
+        (["say hi"], {"order": "random"}, ValueError, "`order='random'` is for `method='chain_rule'`"),
+        (["say hi"], {"method": "chain_rule", "stratify": False}, ValueError, "'chain_rule'` says itself how masks"),
+        (["say hi"], {"max_length": 0}, ValueError, "`max_length` must be None or a whole number of at least 1, got 0"),
+        (["say hi"], {"draws_per_forward": 0}, ValueError, "`draws_per_forward` must be None or a whole number"),
+        (["say hi"], {"max_length": 1, "tokenizer": "a beginning"}, ValueError, "Text 0 has 1 tokens before the first"),
+        (["say hi", None], {}, ValueError, "`text` of text 1 is no text but 'None'"),
+        ([{"text": "say hi"}], {}, ValueError, r"`text` of text 0 is no text but .*Dataset.from_list\(rows\)"),
+        (
+            Dataset.from_dict({"prompt": [[HI]], "completion": [[HI]]}),
+            {},
+            ValueError,
+            "`prompt` of text 0 is no text .* written as one by `tokenizer.apply_chat_template",
+        ),
+        (Dataset.from_dict({"text": ["hi"]}).to_iterable_dataset(), {}, TypeError, "got `IterableDataset`"),
         (["say hi"], {"num_mc_samples": 0}, ValueError, "`num_mc_samples` must be at least 1"),
         (["say hi"], {"mask_scheme": "half"}, ValueError, "`scheme` must be one of"),
         (

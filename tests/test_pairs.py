@@ -5,6 +5,7 @@ Pairs from the model itself: which answers make rows, that interruptions and pro
 import itertools
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -215,6 +216,49 @@ def test_a_folder_of_another_run_is_refused(tmp_path, changed, named):
         sample(tmp_path, **changed)
 
 
+def nearness(target):
+    """As `trl.rewards.get_soft_overlong_punishment`, a factory of functions of one source."""
+
+    def near(completions, **kwargs):
+        return [-abs(len(text) - target) for text in completions]
+
+    return near
+
+
+def near_to(completions, target=0, **kwargs):
+    return nearness(target)(completions)
+
+
+class Near:
+    def __init__(self, target):
+        self.target = target
+
+    def __call__(self, completions, **kwargs):
+        return nearness(self.target)(completions)
+
+
+@pytest.mark.parametrize("make", [nearness, lambda target: partial(near_to, target=target), Near])
+def test_rewards_of_another_function_of_the_same_source_are_not_taken(tmp_path, make):
+    """In one folder, against one that was never scored; the answers are kept."""
+    found = [sample(tmp_path / "one", functions=make(target)).to_list() for target in (0, 100, 100)]
+    assert found[1] == found[2] == sample(tmp_path / "two", functions=make(100)).to_list() != found[0]
+    assert len(list((tmp_path / "one" / "samples").glob("rewards-*"))) == 2
+
+
+def test_rewards_of_other_columns_are_not_taken(tmp_path):
+    """A solution that was corrected: answers are kept, and scored anew."""
+
+    def near(completions, target, **kwargs):
+        return [-abs(len(text) - size) for text, size in zip(completions, target, strict=True)]
+
+    def of(folder, target):
+        prompts = Dataset.from_dict({"prompt": PROMPTS, "target": [target] * len(PROMPTS)})
+        return sample(tmp_path / folder, prompts, near).to_list()
+
+    assert of("one", 0) != of("one", 100) == of("two", 100)
+    assert len(list((tmp_path / "one" / "samples").glob("answers-*"))) == 1
+
+
 # Bad input
 
 
@@ -235,6 +279,18 @@ def test_rewards_that_are_no_numbers(tmp_path, returned, message):
         sample(tmp_path, functions=reward)
 
 
+def test_arrays_of_another_shape(tmp_path):
+    """Of torch, of which one number a row is taken as one."""
+    for returned, message in (
+        (lambda n: torch.tensor(1.0), "returned Tensor for 3 answers"),
+        (lambda n: torch.ones(n, 2), r"returned tensor\(\[1., 1.\]\) for answer 0"),
+    ):
+        with pytest.raises(ValueError, match=f"The reward function `<lambda>` {message}"):
+            sample(tmp_path, PROMPTS[:1], lambda completions, returned=returned, **_: returned(len(completions)))
+    of_tensors = sample(tmp_path, PROMPTS[:1], lambda completions, **_: torch.tensor([letters(completions)]).T)
+    assert of_tensors["score_chosen"][:] == sample(tmp_path, PROMPTS[:1])["score_chosen"][:]
+
+
 def long_prompts():
     return ["one " * 30, "say hi", "two " * 27]
 
@@ -244,7 +300,10 @@ def long_prompts():
     [
         ({"prompts": long_prompts()}, r"2 of 3 prompts \(rows 0, 2\) do not fit. With `max_new_tokens=6`.* 26 tokens"),
         ({"prompts": []}, "`prompts` is empty"),
-        ({"prompts": ["say hi", [{"role": "user", "content": "hi"}]]}, "Prompt 1 is neither"),
+        (
+            {"prompts": ["say hi", [{"role": "user", "content": "hi"}]]},
+            r"\(1\) `prompt` holds messages and",
+        ),
         (
             {"prompts": Dataset.from_dict({"question": ["say hi"]})},
             r"has the columns \['question'\], and needs `prompt`",

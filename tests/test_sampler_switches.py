@@ -5,14 +5,17 @@ The sampler's switches against a naive sampler, written here for one prompt at a
 import dataclasses
 import itertools
 import math
+from itertools import takewhile
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_tokenizer
 from test_decoders import FOLDERS
 from test_generation import EOS, MASK, PROMPTS, assert_frequencies, cut_after_end, generate, naive_logits
 
 from trl_diffusion.cli.answering import GenerateArguments, SamplingArguments
+from trl_diffusion.evaluation.answers import Answerer
+from trl_diffusion.evaluation.prompts import Prompts
 from trl_diffusion.models.sampler_arguments import SamplerArguments
 
 EOT = 5
@@ -211,3 +214,17 @@ def test_the_command_line_has_the_samplers_arguments():
     assert theirs == ours | {"seed": 0}
     given = GenerateArguments(prompts=["hi"], steps=4, logits_eos_inf=True, max_new_tokens=8).sampler()
     assert dataclasses.asdict(SamplerArguments(**given))["logits_eos_inf"] is True and "seed" not in given
+
+
+def test_what_answers_prompts_knows_the_end_of_a_turn():
+    """Without being told: its answers are those of `generate` with both ends, up to the first."""
+    tokenizer, canvas, changed = make_tokenizer(), {"max_new_tokens": 8, "confidence_eos_eot_inf": True}, 0
+    prompts = Prompts([{"prompt": ""}] * len(PROMPTS), PROMPTS, conversational=False)
+    for seed in range(3):
+        model = ending_model(seed)
+        found = Answerer(model, tokenizer, prompts, 1, 0, canvas)([*range(len(PROMPTS))])
+        both, one = (generate(model, PROMPTS, **canvas, eos_token_id=ends) for ends in (ENDS, [EOS]))
+        expected, without = ([list(takewhile(lambda t: t not in ENDS, row)) for row in each] for each in (both, one))
+        assert [ids for (ids,) in found] == expected
+        changed += expected != without
+    assert changed

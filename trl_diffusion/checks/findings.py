@@ -78,9 +78,7 @@ def judge_rows(dataset: Dataset, judge: Judge, name: str, num_proc: int | None =
         keep_in_memory=True,  # nothing to find again in a later run, whose rules may be others
         desc=f"Checking {name} dataset",
     )
-    faults = count(judged["fault"][:])
-    if faults:
-        raise ValueError(_of_rows(faults, len(dataset), name))
+    refuse_rows(count(judged["fault"][:]), len(dataset), name)
     warn_of_rows(count(judged["remark"][:]), len(dataset), name)
 
 
@@ -110,6 +108,12 @@ def count(packed: Iterable[str], numbers: Iterable[int] | None = None) -> list[C
             rows[finding[:2]].append(number)
             first.setdefault(finding[:2], finding)
     return sorted((Count(first[reason], rows[reason]) for reason in rows), key=lambda found: -len(found.rows))
+
+
+def refuse_rows(counts: list[Count], total: int, name: str) -> None:
+    """Refuse a dataset some of whose rows have faults."""
+    if counts:
+        raise ValueError(_of_rows(counts, total, name))
 
 
 def warn_of_rows(counts: list[Count], total: int, name: str) -> None:

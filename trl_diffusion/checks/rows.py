@@ -51,9 +51,13 @@ class RowForm:
         return None
 
     @property
+    def _is_one_conversation(self) -> bool:
+        return len(self.columns) == 1 and self.conversational and not self.prompted
+
+    @property
     def completions(self) -> tuple[str, ...]:
         """Columns of what is scored, in a row that was read."""
-        if len(self.columns) == 1 and self.conversational:
+        if self._is_one_conversation:
             return ("completion",)
         return tuple(name for name in self.columns if name != "prompt")
 
@@ -64,7 +68,7 @@ class RowForm:
             read = {name: [_joined(turn) for turn in turns] for name, turns in read.items()}
         if "chosen" in read and not self.prompted:
             return split_prompt(read["chosen"], read["rejected"])
-        if len(self.columns) == 1 and self.conversational:
+        if self._is_one_conversation:
             (turns,) = read.values()
             return {"prompt": turns[:-1], "completion": turns[-1:]}
         return read
@@ -80,7 +84,8 @@ class RowForm:
             return Verdict(_NOTHING_IN_COMMON if "chosen" in read else _ONE_TURN)
         if self.conversational:
             return Verdict(_fault_of_roles(read, self))
-        repeated = prompt.strip() and all(read[name].startswith(prompt) for name in self.completions)
+        answers = [read[name] for name in self.completions]
+        repeated = prompt.strip() and answers and all(answer.startswith(prompt) for answer in answers)
         return Verdict(None, _REPEATED if repeated else None)
 
     def _fault_of_values(self, row: dict[str, Any]) -> Finding | None:
@@ -96,7 +101,8 @@ class RowForm:
             messages = _is_messages(row[name])
             if messages != self.conversational:
                 what = f"`{name}` holds {_KINDS[messages]} and other columns or rows hold {_KINDS[not messages]}"
-                return Finding(what, f"Use one of them for all. {_WHOLE_PAIRS}")
+                cure = f" {_WHOLE_PAIRS}" if len(self.columns) > 1 else ""
+                return Finding(what, f"Use one of them for all.{cure}")
         label = row.get("label")
         if self.labelled and not (isinstance(label, int) and label in (0, 1)):
             what = "`label` is not True for a desirable completion or False for an undesirable one"

@@ -59,15 +59,16 @@ class Writing:
         """What the template cannot write or leaves out, and special tokens in the words."""
         read, tools = self.form.read(row), parsed(row.get("tools"))
         try:
-            self._write(read["prompt"], row, tools, add_generation_prompt=True)
-            written = [self._write([*read["prompt"], *read[column]], row, tools) for column in self.form.completions]
+            opened = self._write(read["prompt"], row, tools, add_generation_prompt=True)
+            whole = {f"`prompt` and `{name}`": [*read["prompt"], *read[name]] for name in self.form.completions}
+            written = [(where, turns, self._write(turns, row, tools)) for where, turns in whole.items()]
         except Exception as error:  # whatever a template of another's raises
             what = "the tokenizer's chat template cannot write the conversation"
             return Verdict(Finding(what, "Correct the template or the row.", f"{type(error).__name__}: {error}"))
-        for column, text in zip(self.form.completions, written, strict=True):
-            lost = next(left_out([*read["prompt"], *read[column]], tools, text), None)
+        for where, turns, text in written or [("`prompt`", read["prompt"], opened)]:
+            lost = next(left_out(turns, tools, text), None)
             if lost:
-                what = f"the tokenizer's chat template leaves out {lost[0]} in `prompt` and `{column}`"
+                what = f"the tokenizer's chat template leaves out {lost[0]} in {where}"
                 return Verdict(Finding(what, _CURE, f"{lost[1][:60]!r} is missing from {text[-120:]!r}"))
         return Verdict(None, self._remark(read))
 

@@ -5,11 +5,11 @@ from importlib import import_module
 from typing import Any
 
 from ..evaluation.answers import Answerer
-from ..evaluation.pairs import STRATEGIES, sample_pairs
+from ..evaluation.pairs import STRATEGIES, refuse_greedy, sample_pairs
 from ..evaluation.prompts import read_prompts
 from ..models.sampler_arguments import BLOCK_CACHES, REMASKING
 from ..scoring.door import ScriptArguments
-from .arguments import UsedModelConfig, load_rows, load_to_use
+from .arguments import OF_TRAINING_ALONE, UsedModelConfig, finish, load_rows, load_to_use, say
 from .command import Command
 
 
@@ -98,6 +98,7 @@ class RewardedArguments(SamplerOptions):
             raise ValueError(
                 "`--reward_funcs` is missing: give names of `trl.rewards`, or import paths of your own functions."
             )
+        refuse_greedy(self.num_samples, self.temperature, self.remasking)
 
 
 @dataclass
@@ -116,11 +117,11 @@ def generate(model_args: Any, arguments: GenerateArguments) -> None:
     model, tokenizer = load_to_use(model_args, arguments.use_cpu)
     is_chat = tokenizer.chat_template is not None and not arguments.plain
     asked = [[{"role": "user", "content": text}] if is_chat else text for text in arguments.prompts]
-    prompts = read_prompts(asked, tokenizer)
+    prompts = read_prompts(asked, tokenizer, model.config)
     answerer = Answerer(model, tokenizer, prompts, 1, arguments.seed, arguments.sampler())
     for number, text in enumerate(arguments.prompts):
         ((ids,),) = answerer([number])
-        print(f"> {text}\n{answerer.text(number, ids).strip()}\n")
+        say(f"> {text}\n{answerer.text(number, ids).strip()}\n")
 
 
 def make_pairs(script_args: Any, model_args: Any, arguments: PairsArguments) -> None:
@@ -131,15 +132,18 @@ def make_pairs(script_args: Any, model_args: Any, arguments: PairsArguments) -> 
     names = ("num_samples", "output_dir", "strategy", "threshold", "margin", "reward_weights", "batch_size", "seed")
     options = {name: getattr(arguments, name) for name in names}
     rows = sample_pairs(model, tokenizer, prompts, functions, **options, **arguments.sampler())
-    print(f"{len(rows)} rows of {len(prompts)} prompts in {arguments.output_dir}.")
+    finish(f"{len(rows)} rows of {len(prompts)} prompts in {arguments.output_dir}.")
 
 
 def reward_function(name: str) -> Any:
     """Of `trl.rewards`, or by its import path."""
     module, _, function = name.rpartition(".")
     try:
-        return getattr(import_module(module or "trl.rewards"), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(import_module(module or "trl.rewards"), function)
+        if callable(found):
+            return found
+        raise AttributeError(f"{name} is no function")
+    except (ImportError, AttributeError, TypeError) as error:
         known = [known for known in dir(import_module("trl.rewards")) if known.endswith("_reward")]
         raise ValueError(
             f"`--reward_funcs {name}` is not found ({error}). Give one of {known}, or an import path such as "
@@ -153,6 +157,7 @@ GENERATE = Command(
     '--model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --prompts "Why is the sky blue?"',
     (UsedModelConfig, GenerateArguments),
     generate,
+    OF_TRAINING_ALONE,
 )
 SAMPLE_PAIRS = Command(
     "sample-pairs",
@@ -162,4 +167,5 @@ SAMPLE_PAIRS = Command(
         --dataset_name trl-lib/DeepMath-103K --reward_funcs accuracy_reward --max_new_tokens 256 --block_length 32""",
     (ScriptArguments, UsedModelConfig, PairsArguments),
     make_pairs,
+    (*OF_TRAINING_ALONE, "dataset_test_split"),
 )

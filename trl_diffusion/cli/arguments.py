@@ -11,6 +11,16 @@ from ..evaluation.ready import load_ready
 from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
 from ..trainers.loading import find_adapter
 
+# Options of TRL's configurations that nothing here goes by, and those that do nothing where nothing is trained
+IGNORED = ("ignore_bias_buffers",)
+OF_TRAINING_ALONE = (
+    *IGNORED,
+    "dataset_streaming",
+    "use_peft",
+    *(f"lora_{of}" for of in ("r", "alpha", "dropout", "target_modules", "target_parameters", "modules_to_save")),
+    *("lora_task_type", "use_rslora", "use_dora"),
+)
+
 
 @dataclass
 class DiffusionModelConfig(ModelConfig):
@@ -102,6 +112,9 @@ def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> di
     """
     if dataset_args.datasets and script_args.dataset_name:
         raise ValueError("Both `datasets` and `--dataset_name` are given. Keep one of them.")
+    for name in ("streaming", "test_split_size"):
+        if getattr(dataset_args, name) and not dataset_args.datasets:
+            raise ValueError(f"`--{name}` is for `datasets` in a YAML file, which are not given. Leave it out.")
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     elif script_args.dataset_name:
@@ -113,17 +126,18 @@ def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> di
     names = {"train_dataset": "dataset_train_split", "eval_dataset": "dataset_test_split"}
     if training_args.eval_strategy == "no":
         del names["eval_dataset"]
-    return {"eval_dataset": None} | {key: split_of(dataset, name, script_args) for key, name in names.items()}
+    found = {key: split_of(dataset, name, script_args, training_args) for key, name in names.items()}
+    return {"eval_dataset": None} | found
 
 
-def split_of(dataset: Any, option: str, script_args: Any) -> Any:
+def split_of(dataset: Any, option: str, script_args: Any, training_args: Any = None) -> Any:
     """The split that an option names."""
     split = getattr(script_args, option)
     if split in dataset:
         return dataset[split]
     nearest = get_close_matches(split, dataset, n=1)
     hint = f"Did you mean `--{option} {nearest[0]}`?" if nearest else f"Name one of them with `--{option}`."
-    if option == "dataset_test_split":
+    if option == "dataset_test_split" and getattr(training_args, "eval_strategy", "no") != "no":
         hint += " Without `--eval_strategy` none is needed."
     raise ValueError(f"The dataset has no split {split!r} (`--{option}`), it has {list(dataset)}. {hint}")
 
@@ -153,3 +167,15 @@ def load_named(script_args: Any) -> Any:
     if not script_args.dataset_name:
         raise ValueError("`--dataset_name` is missing: give a folder, or the name of a dataset on the hub.")
     return load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of processes."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def finish(text: str) -> None:
+    """Print what came out, and let the processes part."""
+    say(text)
+    PartialState().destroy_process_group()

@@ -17,6 +17,7 @@ class Command:
         example: options with which it makes sense.
         arguments: configurations whose fields are its options.
         run: is given these, filled.
+        without: fields that are no options, since they would change nothing.
     """
 
     name: str
@@ -24,10 +25,11 @@ class Command:
     example: str
     arguments: tuple[type, ...]
     run: Callable[..., None]
+    without: tuple[str, ...] = ()
 
     def parser(self) -> OptionParser:
         """Of its options."""
-        return OptionParser(self.arguments, prog=f"trl-diffusion {self.name}")
+        return OptionParser(self.arguments, prog=f"trl-diffusion {self.name}", without=self.without)
 
     def introduction(self) -> str:
         """What it says without options: what it is for, an example, and the defaults of the options of this package."""

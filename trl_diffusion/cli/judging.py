@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from peft import PeftModel
 
 from ..diagnosis.diagnose import diagnose_variance
@@ -12,11 +13,15 @@ from ..scoring.door import DatasetMixtureConfig, ScriptArguments, get_quantizati
 from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from .arguments import (
+    IGNORED,
+    OF_TRAINING_ALONE,
     DiffusionModelConfig,
     UsedModelConfig,
+    finish,
     load_datasets,
     load_rows,
     load_to_use,
+    say,
     with_model_init_kwargs,
 )
 from .command import Command
@@ -62,13 +67,28 @@ class DiagnosisArguments:
 
 def score(script_args: Any, model_args: Any, arguments: ScoreArguments) -> None:
     """Print the likelihood of texts."""
+    if arguments.text_files and script_args.dataset_name:
+        raise ValueError("Both `--text_files` and `--dataset_name` are given. Keep one of them.")
+    state = PartialState(cpu=arguments.use_cpu)
+    if state.num_processes > 1 and arguments.output_dir is None:
+        raise ValueError(
+            f"`--output_dir` is missing, through which the {state.num_processes} processes share what they have scored."
+        )
     if arguments.text_files:
-        texts: Any = [Path(name).read_text() for name in arguments.text_files]
+        texts: Any = [_read(name) for name in arguments.text_files]
     else:
         texts = load_rows(script_args, "dataset_test_split")
     model, tokenizer = load_to_use(model_args, arguments.use_cpu)
     options = ("method", "order", "num_mc_samples", "cfg_scale", "max_length", "seed", "output_dir")
-    print(likelihood(model, tokenizer, texts, **{name: getattr(arguments, name) for name in options}))
+    found = likelihood(model, tokenizer, texts, **{name: getattr(arguments, name) for name in options})
+    finish(str(found))
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`--text_files {name}` is not a text in UTF-8 ({error}). Convert it.") from error
 
 
 def diagnose(script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, diagnosis: Any) -> None:
@@ -91,7 +111,7 @@ def diagnose(script_args: Any, training_args: Any, model_args: Any, dataset_args
         num_draws=diagnosis.num_draws,
         target_standard_error=diagnosis.target_standard_error,
     )
-    print(report)
+    say(str(report))
 
 
 SCORE = Command(
@@ -101,6 +121,7 @@ SCORE = Command(
         --text_files book.txt --max_length 1024 --output_dir scores""",
     (ScriptArguments, UsedModelConfig, ScoreArguments),
     score,
+    (*OF_TRAINING_ALONE, "dataset_train_split"),
 )
 DIAGNOSE = Command(
     "diagnose",
@@ -109,4 +130,5 @@ DIAGNOSE = Command(
         --dataset_name trl-lib/ultrafeedback_binarized --output_dir diagnosis""",
     (ScriptArguments, DiffusionVRPOConfig, DiffusionModelConfig, DatasetMixtureConfig, DiagnosisArguments),
     diagnose,
+    IGNORED,
 )

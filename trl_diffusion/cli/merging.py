@@ -1,12 +1,13 @@
 """The command that merges an adapter into its base model."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from ..checks.inputs import check_writable
-from .arguments import UsedModelConfig, load_to_use
+from .arguments import OF_TRAINING_ALONE, UsedModelConfig, load_to_use
 from .command import Command
 
 
@@ -24,6 +25,11 @@ def merge(model_args: Any, arguments: MergeArguments) -> None:
         raise ValueError(
             "Merging into quantised weights rounds what was learnt away: leave `--load_in_4bit` and "
             "`--load_in_8bit` out."
+        )
+    if (Path(arguments.output_dir) / "adapter_config.json").exists():
+        raise ValueError(
+            f"`--output_dir {arguments.output_dir}` holds an adapter, which would be put on the merged model once more "
+            "wherever it is loaded. Give another folder."
         )
     check_writable(arguments.output_dir)
     model, tokenizer = load_to_use(model_args, arguments.use_cpu)
@@ -43,4 +49,5 @@ MERGE = Command(
     "--model_name_or_path LLaDA-8B-VRPO --dtype bfloat16 --output_dir merged",
     (UsedModelConfig, MergeArguments),
     merge,
+    OF_TRAINING_ALONE,
 )

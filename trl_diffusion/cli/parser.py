@@ -7,7 +7,7 @@ Options that are wrong are a message and exit code 2, before anything is loaded.
 import dataclasses
 import sys
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -37,9 +37,11 @@ class OptionParser(TrlParser):
     Args:
         dataclass_types: configurations whose fields are the options.
         prog: name of the program; by default that of the script.
+        without: fields that are no options, and keep their defaults.
     """
 
-    def __init__(self, dataclass_types: Iterable[type], prog: str | None = None):
+    def __init__(self, dataclass_types: Iterable[type], prog: str | None = None, without: Collection[str] = ()):
+        self._without = without
         super().__init__(
             dataclass_types,
             prog=prog,
@@ -54,6 +56,12 @@ class OptionParser(TrlParser):
         for action in self._actions:
             if action.option_strings[0].startswith("--no_") or action.dest in REFUSED:
                 action.help = SUPPRESS
+
+    def _parse_dataclass_field(self, parser: Any, field: Any) -> None:
+        if field.name in self._without:
+            parser.set_defaults(**{field.name: field.default})
+        else:
+            super()._parse_dataclass_field(parser, field)
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *more: Any, **options: Any) -> tuple[Any, ...]:
         """Parse, see [`~trl.TrlParser.parse_args_and_config`]; an option that is wrong ends the program."""
@@ -81,6 +89,10 @@ class OptionParser(TrlParser):
 
     def set_defaults_with_config(self, **options: Any) -> list[str]:
         """Take the options of a YAML file, see [`~trl.TrlParser.set_defaults_with_config`]."""
+        lists = {action.dest for action in self._actions if action.nargs == "+"}
+        one = {name for name, value in options.items() if name in lists and isinstance(value, str | int | float | dict)}
+        # A text would be read as a list of its characters
+        options = {name: [value] if name in one else value for name, value in options.items()}
         unknown = super().set_defaults_with_config(**options)
         self._refuse(unknown, " in the YAML file")
         return unknown

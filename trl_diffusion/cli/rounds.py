@@ -20,7 +20,7 @@ from ..scoring.door import DatasetMixtureConfig, ScriptArguments
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from ..trainers.vrpo.trainer import DiffusionVRPOTrainer
 from .answering import RewardedArguments, reward_function
-from .arguments import TrainedModelConfig, load_named, load_to_use, split_of
+from .arguments import IGNORED, TrainedModelConfig, load_named, load_to_use, split_of
 from .command import Command
 from .training import train_and_save
 
@@ -229,4 +229,5 @@ ITERATIVE_VRPO = Command(
         --prompts_per_round 1000 --learning_rate 5e-6 --output_dir LLaDA-8B-rounds""",
     (ScriptArguments, DiffusionVRPOConfig, TrainedModelConfig, RoundsArguments),
     run_rounds,
+    (*IGNORED, "dataset_streaming"),
 )

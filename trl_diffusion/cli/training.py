@@ -10,7 +10,7 @@ from ..trainers.sft.config import DiffusionSFTConfig
 from ..trainers.sft.trainer import DiffusionSFTTrainer
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from ..trainers.vrpo.trainer import DiffusionVRPOTrainer
-from .arguments import TrainedModelConfig, load_datasets, with_model_init_kwargs
+from .arguments import IGNORED, TrainedModelConfig, load_datasets, with_model_init_kwargs
 from .command import Command
 
 _EXAMPLE = """\\
@@ -46,7 +46,7 @@ def train_and_save(trainer_class: Any, script_args: Any, training_args: Any, mod
 
 def _command(name: str, about: str, config: type, trainer: type, example: dict[str, str]) -> Command:
     arguments = (ScriptArguments, config, TrainedModelConfig, DatasetMixtureConfig)
-    return Command(name, about, _EXAMPLE.format(**example), arguments, partial(train, trainer))
+    return Command(name, about, _EXAMPLE.format(**example), arguments, partial(train, trainer), IGNORED)
 
 
 VRPO = _command(

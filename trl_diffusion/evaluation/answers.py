@@ -11,7 +11,14 @@ from ..models.positions import position_limit
 from ..models.sampler import generate
 from ..models.sampler_arguments import read_arguments
 from ..scoring.adapters import base_of
-from .prompts import Prompts, refuse_long
+from .prompts import Prompts, refuse_unfit
+
+# Arguments of `generate` that are said otherwise here, or have no meaning
+_SAID_HERE = {
+    "num_return_sequences": "`num_samples`, where there are several answers to a prompt",
+    "seed": "the `seed` beside the arguments of the sampler",
+    "return_dict_in_generate": "nothing: answers are lists of tokens",
+}
 
 
 class Answerer:
@@ -28,7 +35,8 @@ class Answerer:
         arguments: of `generate`.
 
     Raises:
-        ValueError: arguments that the sampler does not have, or prompts that do not fit before its canvas.
+        ValueError: arguments that the sampler does not have, prompts that do not fit before its canvas, or that hold
+            the mask token, or tokens of another tokenizer.
     """
 
     def __init__(
@@ -44,12 +52,14 @@ class Answerer:
         self.tokenizer, self.prompts, self.num_samples = tokenizer, prompts, num_samples
         self._seed, self.arguments = seed, arguments
         configs = (getattr(self.model, "generation_config", None),)
-        sampler, _ = read_arguments(self.model.config, configs, dict(arguments), 0)
-        self.max_new_tokens = sampler.max_new_tokens
-        refuse_long(prompts, self.max_new_tokens, position_limit(self.model))
+        _refuse_what_is_said_here(arguments)
+        self.sampler, tokens = read_arguments(self.model.config, configs, dict(arguments), 0)
+        self.max_new_tokens = self.sampler.max_new_tokens
+        refuse_unfit(prompts, tokens.mask, tokens.size, self.max_new_tokens, position_limit(self.model))
         vocabulary = tokenizer.get_vocab()
-        ends = [vocabulary[token] for token in family_of(self.model.config).end_of_turn if token in vocabulary]
-        self._ends = {*ends, tokenizer.eos_token_id}
+        turns = [vocabulary[token] for token in family_of(self.model.config).end_of_turn if token in vocabulary]
+        ends = (*tokens.ends, tokenizer.eos_token_id, *turns)  # the end of text first, which `logits_eos_inf` goes by
+        self._ends = list(dict.fromkeys(end for end in ends if end is not None))
         self._occurrences = prompts.occurrences
 
     def batches(self, numbers: list[int], size: int) -> Iterator[list[int]]:
@@ -74,7 +84,7 @@ class Answerer:
             attention_mask=real.to(device),
             num_return_sequences=self.num_samples,
             seed=self._seed + self._occurrences[numbers[0]],
-            **self.arguments,
+            **{**self.arguments, "eos_token_id": self._ends, "max_new_tokens": self.max_new_tokens},
         )
         answers = [self._cut(row) for row in sequences[:, longest:].tolist()]
         return [answers[i * self.num_samples : (i + 1) * self.num_samples] for i in range(len(numbers))]
@@ -93,3 +103,14 @@ class Answerer:
 
     def _cut(self, answer: list[int]) -> list[int]:
         return answer[: next((i for i, token in enumerate(answer) if token in self._ends), len(answer))]
+
+
+def _refuse_what_is_said_here(arguments: dict[str, Any]) -> None:
+    for name, cure in _SAID_HERE.items():
+        if name in arguments:
+            raise ValueError(f"`{name}={arguments[name]!r}` is not taken here: leave it out, and use {cure}.")
+    if arguments.get("max_length") is not None and arguments.get("max_new_tokens") is None:
+        raise ValueError(
+            f"`max_length={arguments['max_length']}` counts the prompt, so that answers would depend on the others of "
+            "their batch. Give `max_new_tokens`."
+        )

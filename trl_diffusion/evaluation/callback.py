@@ -3,15 +3,19 @@
 from contextlib import nullcontext
 from typing import Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from ..scoring.door import use_adapter
 from .answers import Answerer
 from .prompts import read_prompts
 from .rewards import Rewards
 from .sampling import completion_of
+
+logger = get_logger(__name__)
 
 
 class WinRateCallback(TrainerCallback):
@@ -20,8 +24,9 @@ class WinRateCallback(TrainerCallback):
 
     At each evaluation, or every `freq` steps, `eval_reward` and `eval_win_rate` are logged: the mean over prompts and
     the share of prompts whose answer has a higher reward than the base's, a tie being half a win. `eval_reward_base` is
-    the base's own. The base is the model without its adapter, the trainer's reference, or, without either, the model as
-    it is when training begins.
+    the base's own. The base is the trainer's reference: the model without the adapter that is trained, with a copy of
+    the adapter that it came with, or a model of its own. Without a reference, as in `DiffusionSFTTrainer`, it is the
+    model without a new adapter, or else as it is when training begins, which a resumed run is warned of.
 
     Args:
         trainer: one of this package's, to which the callback is then added with `trainer.add_callback`.
@@ -58,16 +63,23 @@ class WinRateCallback(TrainerCallback):
             raise ValueError(f"`freq` must be at least 1 step, got {freq}.")
         self._trainer, self._freq, self._size = trainer, freq, batch_size
         self._rewards = Rewards(reward_funcs, reward_weights)
-        self._prompts = read_prompts(prompts, trainer._tokenizer)
+        self._prompts = read_prompts(prompts, trainer._tokenizer, trainer._model_config)
         self._options = (trainer._tokenizer, self._prompts, 1, seed, generation)
         self._base: list[float | None] = []
         Answerer(trainer.accelerator.unwrap_model(trainer.model), *self._options)  # refuses what does not fit
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        policy = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        base = policy if self._trainer.ref_model is None else self._trainer.ref_model
-        with base.disable_adapter() if isinstance(base, PeftModel) else nullcontext():
-            self._base = self._marks(self._trainer.accelerator.unwrap_model(base))
+        trainer = self._trainer
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.ref_model is not None:
+            self._base = self._marks(trainer.accelerator.unwrap_model(trainer.ref_model))
+            return
+        is_new = isinstance(policy, PeftModel) and trainer._ready_adapter is None
+        has_copy = isinstance(policy, PeftModel) and "ref" in policy.peft_config
+        if state.global_step and not (is_new or has_copy):
+            logger.warning("`eval_win_rate` is against the model that was resumed: the one before it is not there.")
+        with use_adapter(policy, "ref" if has_copy else None) if is_new or has_copy else nullcontext():
+            self._base = self._marks(policy)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._freq is not None and state.global_step % self._freq == 0:

@@ -63,7 +63,7 @@ def compare_sampling(
     """
     if not settings:
         raise ValueError("`settings` is empty: give arguments of `generate` by name, those to compare with first.")
-    read = read_prompts(prompts, tokenizer)
+    read = read_prompts(prompts, tokenizer, model.config)
     batches = list(_of_one_length(read, batch_size))
     forwards, tokens_run, answers = {}, {}, {}
     for name, arguments in settings.items():

@@ -20,7 +20,7 @@ from lm_eval.api.model import LM
 from tqdm.auto import tqdm
 
 from ..models.chat_template import give_chat_template
-from ..models.end_of_text import added_tokens
+from ..models.end_of_text import added_tokens, beginning
 from ..models.families import family_of
 from ..models.positions import position_limit
 from ..models.sampler_arguments import SamplerArguments
@@ -32,7 +32,7 @@ from .likelihood import OPTIONS, Scorer, prepared
 from .prompts import Prompts
 from .ready import load_ready
 from .until import Asked, asked_by
-from .windows import Window, beginning
+from .windows import Window
 
 logger = logging.getLogger("lm_eval.trl_diffusion")  # the harness shows what goes to its own
 

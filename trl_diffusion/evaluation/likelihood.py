@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..checks.datasets import unformatted
 from ..estimators.draws import MaskDraws, draw_masks
 from ..estimators.elbo import elbo
 from ..models.denoiser import check_denoiser, evaluating, resolve_mask_token_id
@@ -136,11 +137,14 @@ def prepared(
     drawing = _drawing(method, order, seed)
     scheme = {"scheme": mask_scheme, "stratify": stratify, "control_variate": control_variate}
     by_default = {name: OPTIONS[name] for name in ("mask_scheme", "stratify", "control_variate")}
-    if method in LOSSES and [*scheme.values()] != [*by_default.values()]:
+    if method != "elbo" and [*scheme.values()] != [*by_default.values()]:
         raise ValueError(
             f"`method={method!r}` says itself how masks are drawn: leave `mask_scheme`, `stratify` and "
             f"`control_variate` out, got {scheme}."
         )
+    for name, value in {"max_length": max_length, "draws_per_forward": draws_per_forward}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` must be None or a whole number of at least 1, got {value!r}.")
     if method != "chain_rule":
         drawing |= {"num_mc_samples": num_mc_samples, **LOSSES.get(method, scheme)}
     facts = {"drawing": drawing, "cfg_scale": cfg_scale, "enumerates": method == "elbo"}
@@ -157,6 +161,8 @@ OPTIONS = {name: value for name, value in (likelihood.__kwdefaults__ or {}).item
 def _drawing(method: str, order: str, seed: int) -> dict[str, Any]:
     if method not in METHODS or order not in ORDERS:
         raise ValueError(f"`method` must be one of {METHODS}, `order` one of {ORDERS}, got {method!r} and {order!r}.")
+    if method != "chain_rule" and order != OPTIONS["order"]:
+        raise ValueError(f"`order={order!r}` is for `method='chain_rule'`, and `method` is {method!r}: leave it out.")
     return {"order": order, "seed": seed} if method == "chain_rule" else {"seed": seed}
 
 
@@ -222,7 +228,9 @@ class Scorer:
         """Masks of a window, and whether what they say has no error."""
         if "order" in self.drawing:
             return chain_rule(maskable, nonce=window.number, blocks=blocks, **self.drawing), True
-        draws = draw_masks(maskable, rows=ids, blocks=blocks, **self.drawing)  # which refuses what is no scheme
+        draws = draw_masks(  # which refuses what is no scheme
+            maskable, rows=ids, blocks=blocks, nonce=window.occurrence, **self.drawing
+        )
         if self.enumerates and blocks is None and 2 ** int(maskable.sum()) - 1 <= draws.num_mc_samples:
             return every_mask(maskable), True
         return draws, False
@@ -244,15 +252,26 @@ def _kept(windows: list[Window], score: Scorer, key: dict[str, Any], folder: Pat
 
 def _rows(texts: Any) -> list[dict[str, str]]:
     if isinstance(texts, Dataset):
-        for columns in (["prompt", "completion"], ["text"]):
-            if set(columns) <= set(texts.column_names):
-                return texts.select_columns(columns).to_list()
-        raise ValueError(
-            f"`texts` has the columns {texts.column_names}, and needs `text`, or `prompt` and `completion`."
-        )
-    if isinstance(texts, Iterable) and not isinstance(texts, str | dict):
-        return [{"text": text} for text in texts]
-    raise TypeError(f"`texts` must be a `Dataset` or a list of texts, got `{type(texts).__name__}`.")
+        texts = unformatted(texts, "text")
+        names = next((each for each in (["prompt", "completion"], ["text"]) if {*each} <= {*texts.column_names}), None)
+        if names is None:
+            raise ValueError(
+                f"`texts` has the columns {texts.column_names}, and needs `text`, or `prompt` and `completion`."
+            )
+        rows = texts.select_columns(names).to_list()
+    elif isinstance(texts, Iterable) and not isinstance(texts, str | dict | IterableDataset):
+        rows = [{"text": text} for text in texts]
+    else:
+        raise TypeError(f"`texts` must be a `Dataset` or a list of texts, got `{type(texts).__name__}`.")
+    for number, row in enumerate(rows):
+        other = next((name for name, value in row.items() if not isinstance(value, str)), None)
+        if other:
+            raise ValueError(
+                f"`{other}` of text {number} is no text but {str(row[other])[:60]!r}. Give texts; messages are written "
+                "as one by `tokenizer.apply_chat_template(messages, tokenize=False)`, and rows are made a dataset by "
+                "`Dataset.from_list(rows)`."
+            )
+    return rows
 
 
 def _hash(windows: list[Window]) -> str:

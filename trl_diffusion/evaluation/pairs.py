@@ -5,6 +5,7 @@ What costs, the answers and their rewards, is kept as it is made; which of them 
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -18,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from .._version import __version__
 from ..checks.inputs import check_writable
+from ..models.sampler_arguments import ORDERED_BY_CHANCE
 from .answers import Answerer
 from .ledger import processes_of
-from .prompts import Prompts, read_prompts
+from .prompts import WRITTEN_WITH, Prompts, read_prompts
 from .rewards import Rewards
 from .sampling import completion_of, key_of, sampled_and_scored
 
@@ -85,9 +87,10 @@ def sample_pairs(
         RuntimeError: a reward function raises.
     """
     _check(num_samples, strategy, threshold, margin, batch_size)
-    rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer)
+    rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer, model.config)
     check_writable(output_dir)
     answerer = Answerer(model, tokenizer, asked, num_samples, seed, {"temperature": 1.0, **generation})
+    refuse_greedy(num_samples, answerer.sampler.temperature, answerer.sampler.remasking)
     key = key_of(model, answerer, seed)
     samples, scores = sampled_and_scored(answerer, rewards, key, Path(output_dir) / "samples", batch_size)
     choose = partial(chosen_answers, strategy=strategy, margin=margin)
@@ -118,6 +121,19 @@ def _check(num_samples: int, strategy: str, threshold: float | None, margin: flo
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if not margin >= 0:
         raise ValueError(f"`margin` must not be negative, got {margin}.")
+    if margin and strategy == "threshold":
+        raise ValueError(f"`margin={margin}` is for pairs, and `strategy='threshold'` makes single rows: leave it out.")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ValueError(f"`threshold` must be a finite number, got {threshold}.")
+
+
+def refuse_greedy(num_samples: int, temperature: float, remasking: str) -> None:
+    """Refuse several answers to a prompt that would be one, before they are sampled."""
+    if num_samples > 1 and temperature == 0 and remasking not in ORDERED_BY_CHANCE:
+        raise ValueError(
+            f"`num_samples={num_samples}` greedy answers to a prompt (`temperature=0`) are all the same. Set a "
+            "`temperature` above 0."
+        )
 
 
 def _rows(
@@ -129,7 +145,8 @@ def _rows(
         answers = [completion_of(text, prompts.conversational) for text in texts]
         totals = [rewards.total(each) for each in scores[number]["rewards"]]
         for i, *others in choose(texts, totals):
-            row = {"prompt": given["prompt"], "chosen": answers[i], "score_chosen": totals[i], "sample_chosen": i}
+            row = {name: given[name] for name in ("prompt", *WRITTEN_WITH) if name in given}
+            row |= {"chosen": answers[i], "score_chosen": totals[i], "sample_chosen": i}
             for j in others:
                 row |= {"rejected": answers[j], "score_rejected": totals[j], "sample_rejected": j}
             yield {**row, "prompt_number": number}
@@ -180,9 +197,9 @@ def _write(folder: Path, dataset: Dataset, model: Any, how: dict[str, Any], rewa
         "reward_functions": dict(zip(rewards.names, rewards.weights, strict=True)),
         "versions": {"trl_diffusion": __version__} | {name: version(name) for name in ("trl", "transformers", "torch")},
     }
-    (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
+    (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     unfinished = folder / "train.jsonl.unfinished"
-    with open(unfinished, "w") as file:
+    with open(unfinished, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in dataset)
     unfinished.replace(folder / "train.jsonl")
     logger.info("%d rows in %s.", len(dataset), folder / "train.jsonl")

@@ -3,9 +3,12 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from numbers import Real
+from types import CellType
 from typing import Any
 
 RewardFunc = Callable[..., Any]
@@ -43,10 +46,10 @@ class Rewards:
         """Of the functions."""
         return [getattr(function, "__name__", type(function).__name__) for function in self.functions]
 
-    def key(self) -> str:
-        """A hash of the functions' names and sources."""
-        parts = [(name, _source(function)) for name, function in zip(self.names, self.functions, strict=True)]
-        return blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    def key(self, rows: Any) -> str:
+        """A hash of the functions, by their names, sources and the values that they were made with, and of the rows."""
+        parts = [(name, _made_of(function)) for name, function in zip(self.names, self.functions, strict=True)]
+        return blake2b(repr((parts, rows)).encode(), digest_size=8).hexdigest()
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], columns: dict[str, list[Any]]
@@ -78,7 +81,8 @@ class Rewards:
                 f"{sorted(given)}. Answers are kept: correct it and start again."
             ) from error
         number = len(given["completions"])
-        values = list(found) if isinstance(found, Sequence) or hasattr(found, "tolist") else None
+        is_array = hasattr(found, "tolist") and getattr(found, "ndim", 1) > 0
+        values = list(found) if isinstance(found, Sequence) or is_array else None
         if values is None or len(values) != number:
             what = type(found).__name__ if values is None else f"{len(values)} rewards"
             raise ValueError(
@@ -93,7 +97,8 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 
 
 def _number(value: Any, name: str, place: int) -> float | None:
-    value = value.item() if hasattr(value, "item") else value
+    with suppress(RuntimeError, ValueError):  # of an array of several: said below
+        value = value.item() if hasattr(value, "item") else value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, Real) or math.isinf(value):
@@ -103,9 +108,42 @@ def _number(value: Any, name: str, place: int) -> float | None:
     return float(value)
 
 
-def _source(function: RewardFunc) -> str:
-    """Its code, or its full name where that cannot be had."""
+def _made_of(value: Any, depth: int = 4) -> Any:
+    """
+    What a function is, as a text that another of the same code does not have if it was made with other values: of
+    `partial`, of a factory, as defaults, or as attributes. What it calls is not looked at.
+    """
+    if value is None or isinstance(value, str | bytes | Real):
+        return value
+    if isinstance(value, Mapping):
+        return [(key, _made_of(inner, depth)) for key, inner in value.items()]
+    if isinstance(value, Sequence):
+        return [_made_of(inner, depth) for inner in value]
+    if isinstance(value, Set):
+        return sorted(map(repr, value))
+    parts = _parts_of(value) if depth else ()
+    return (_source(value), [_made_of(part, depth - 1) for part in parts])
+
+
+def _parts_of(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    if inspect.ismethod(value):
+        return (value.__func__, getattr(value.__self__, "__dict__", {}))
+    if inspect.isfunction(value):
+        return (value.__defaults__, value.__kwdefaults__, [cell.cell_contents for cell in _filled(value)])
+    return (getattr(value, "__dict__", {}),) if callable(value) and not inspect.isclass(value) else ()
+
+
+def _filled(function: Any) -> list[Any]:
+    """Cells of what a function takes from around it; one that is not filled yet has no contents."""
+    return [cell for cell in function.__closure__ or () if cell != CellType()]
+
+
+def _source(value: Any) -> str:
+    """Code, or a full name where that cannot be had."""
+    kind = value if hasattr(value, "__qualname__") else type(value)
     try:
-        return inspect.getsource(function)
+        return inspect.getsource(kind)
     except (OSError, TypeError):
-        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+        return f"{kind.__module__}.{kind.__qualname__}"

@@ -36,7 +36,7 @@ def mean_reward(
     Raises:
         ValueError: no reward function applies to any of the answers.
     """
-    rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer)
+    rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer, model.config)
     check_writable(output_dir)
     answerer = Answerer(model, tokenizer, asked, 1, seed, generation)
     _, scores = sampled_and_scored(answerer, rewards, key_of(model, answerer, seed), Path(output_dir), batch_size)
@@ -60,7 +60,7 @@ def sampled_and_scored(
     """Answers to all prompts and their rewards, by the number of the prompt; what is kept is not made again."""
     state, total = processes_of(answerer.model), len(answerer.prompts.rows)
     samples = Ledger(folder, "answers", key, state.process_index)
-    functions = rewards.key()  # those of others are kept beside
+    functions = rewards.key(answerer.prompts.rows)  # those of others are kept beside
     scores = Ledger(folder, f"rewards-{functions}", {**key, "functions": functions}, state.process_index)
     state.wait_for_everyone()  # or one would take up what another has just begun
     mine = range(state.process_index, total, state.num_processes)

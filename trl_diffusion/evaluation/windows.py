@@ -1,11 +1,12 @@
 """Texts as tokens, cut where they are too long for a model, each with the bytes that it stands for."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..models.end_of_text import added_tokens
+from ..models.end_of_text import added_tokens, beginning
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Window:
         ids: tokens.
         begin: the first that is scored.
         bytes: of what is scored, in UTF-8.
+        occurrence: how often the same tokens came before: their masks are others, so that errors are independent.
     """
 
     number: int
@@ -24,6 +26,7 @@ class Window:
     ids: list[int]
     begin: int
     bytes: int
+    occurrence: int = 0
 
 
 def windows_of(
@@ -48,6 +51,7 @@ def windows_of(
         raise ValueError("`texts` is empty: give at least one.")
     before, _ = added_tokens(tokenizer)
     windows: list[Window] = []
+    seen: Counter[tuple[int, ...]] = Counter()
     for number, row in enumerate(rows):
         text = row["prompt"] + row["completion"] if "prompt" in row else row["text"]
         ids, shown = (beginning(part, tokenizer, before) for part in (text, row.get("prompt", "")))
@@ -62,16 +66,16 @@ def windows_of(
                 f"Row {number} has {len(ids)} tokens, prompt and completion, and {longest} fit (`max_length` or the "
                 "positions of the model). Drop it, or raise `max_length` if that is what limits it."
             )
+        if longest is not None and begin >= longest:
+            raise ValueError(
+                f"Text {number} has {begin} tokens before the first that is scored, and {longest} fit (`max_length` or "
+                "the positions of the model). Raise `max_length` if that is what limits it, or drop the text."
+            )
         scored = row.get("completion", text)
         for part, start, size in _parts(ids, begin, scored, tokenizer, longest):
-            windows.append(Window(len(windows), number, part, start, size))
+            windows.append(Window(len(windows), number, part, start, size, seen[start, *part]))
+            seen[start, *part] += 1
     return windows
-
-
-def beginning(text: str, tokenizer: PreTrainedTokenizerBase, before: list[int]) -> list[int]:
-    """Tokens of a text that goes on: after `before`, once, which a chat template may have written already."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 def _parts(
@@ -79,7 +83,7 @@ def _parts(
 ) -> Iterator[tuple[list[int], int, int]]:
     """Tokens, the first that is scored and bytes of each part; the bytes of all parts are those of the text."""
     shown, rest, left = ids[:begin], ids[begin:], len(text.encode())
-    size = len(rest) if longest is None else max(1, longest - len(shown))
+    size = len(rest) if longest is None else longest - len(shown)
     for start in range(0, len(rest), size):
         part = rest[start : start + size]
         is_last = start + size >= len(rest)

@@ -1,4 +1,4 @@
-"""The end of text of a tokenizer: what it says, or else what it does."""
+"""What a tokenizer puts around a text: its beginning, and its end, by what it says or else by what it does."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,6 +8,12 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     bare, whole = (tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
     before = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     return whole[:before], whole[before + len(bare) :]
+
+
+def beginning(text: str, tokenizer: PreTrainedTokenizerBase, before: list[int]) -> list[int]:
+    """Tokens of a text that goes on: after `before`, once, which the text or a chat template may have already."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids[: len(before)] == before else [*before, *ids]
 
 
 def use_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:

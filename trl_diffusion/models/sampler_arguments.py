@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from .families import family_of
 from .family import Blocks, Family
 
-REMASKING = ("low_confidence", "topk_margin", "entropy", "random", "ancestral")
+ORDERED_BY_CHANCE = ("random", "ancestral")
+REMASKING = ("low_confidence", "topk_margin", "entropy", *ORDERED_BY_CHANCE)
 BLOCK_CACHES = ("prefix", "dual")
 _DEFAULT_MAX_NEW_TOKENS = 128
 # Arguments of autoregressive decoding that change nothing here: with any value, and with the value that is off
@@ -86,7 +87,7 @@ class SamplerArguments:
 
     @property
     def is_ordered_by_chance(self) -> bool:
-        return self.remasking in ("random", "ancestral")
+        return self.remasking in ORDERED_BY_CHANCE
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "steps", "block_length", "cache_refresh", "seed", "num_return_sequences"):

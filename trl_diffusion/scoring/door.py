@@ -54,7 +54,7 @@ from trl import (
 )
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import FusedCausalLMOutput, hash_module, maybe_gather_lm_head_ctx
+from trl.trainer.utils import FusedCausalLMOutput, hash_module, maybe_gather_lm_head_ctx, use_adapter
 
 # Names that a TRL trainer module looks up in its constructor, in this order
 SEAM_NAMES = ("create_model_from_path", "get_peft_model", "add_fused_lm_head")
@@ -84,6 +84,7 @@ __all__ = [
     "seam",
     "seam_function",
     "tiles_in_place",
+    "use_adapter",
 ]
 
 
