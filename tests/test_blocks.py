@@ -258,6 +258,17 @@ def test_kernels_that_cannot_show_it_are_refused(monkeypatch):
         scored(model, make_batch())
 
 
+@pytest.mark.parametrize("size", [0, -4, 2.5, True])
+def test_a_size_that_is_none_is_refused(size):
+    """The configuration takes some of them, and any can be written into it later."""
+    model = FOLDERS["SDAR"].model()
+    model.config.__dict__["block_size"] = size
+    message = f"`block_size`.*at least 1.*got {size!r}.*config.json"
+    for use in (lambda: check_denoiser(model, 2), lambda: generate(model, torch.tensor([[3, 4]]), max_new_tokens=4)):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
 def test_full_logits_are_those_of_the_definition(monkeypatch):
     """`elbo` on a model, with padding on either side."""
     known(monkeypatch, family(4, logit_shift=1))

@@ -39,8 +39,19 @@ class Blocks:
     part: int | None = None
 
     def size_in(self, config: PreTrainedConfig) -> int:
-        """Tokens of a block of a model with this configuration."""
-        return getattr(config, self.size_name, self.size) if self.size_name else self.size
+        """
+        Tokens of a block of a model with this configuration.
+
+        Raises:
+            ValueError: a size that is none.
+        """
+        size = getattr(config, self.size_name, self.size) if self.size_name else self.size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"`{self.size_name}` of the model's configuration must be a whole number of at least 1, the tokens of "
+                f"a block, got {size!r}. Give the number that the model was trained with, which its config.json has."
+            )
+        return size
 
     def numbers(self, config: PreTrainedConfig, maskable: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """
