@@ -25,7 +25,11 @@ from transformers import (
     BertForMaskedLM,
     BertModel,
     BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from trl.trainer.utils import disable_dropout_in_model
 
 from trl_diffusion import (
     DiffusionSFTConfig,
@@ -38,6 +42,7 @@ from trl_diffusion import (
     estimate_memory,
 )
 from trl_diffusion.models.denoiser import check_denoiser, resolve_mask_token_id
+from trl_diffusion.models.dropout import turn_off_dropout
 from trl_diffusion.models.encoders import ENCODERS
 from trl_diffusion.models.end_of_text import use_end_of_text
 from trl_diffusion.models.families import class_to_load, family_of
@@ -174,6 +179,83 @@ def test_a_model_in_memory_is_given_the_tokenizer_where_it_came_from(tmp_path, a
     trainer = trained(DiffusionVRPOTrainer, model, tmp_path / "out")
     assert trainer.state.log_history[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert trainer.model.config.mask_token_id == trainer.processing_class.mask_token_id == 2
+
+
+class Towers(PreTrainedModel):
+    """A backbone of torch's own layers, which asks for tokens only and has a number for the dropout of attention."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = torch.nn.Embedding(config.vocab_size, 32)
+        layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.5, batch_first=True)
+        self.layers = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids):
+        return BaseModelOutput(self.layers(self.embed(input_ids)))
+
+
+class TowersForMaskedLM(PreTrainedModel):
+    config_class = PreTrainedConfig
+    base_model_prefix = "towers"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.towers, self.head = Towers(config), torch.nn.Linear(32, config.vocab_size)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """As torch made them."""
+
+    def get_input_embeddings(self):
+        return self.towers.embed
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None):
+        return MaskedLMOutput(logits=self.head(self.towers(input_ids).last_hidden_state))
+
+
+def train_towers(folder, **options):
+    torch.manual_seed(0)
+    model = TowersForMaskedLM(PreTrainedConfig(vocab_size=len(VOCABULARY), mask_token_id=2))
+    peft_config = options.pop("peft_config", None)
+    options = {"use_cpu": True, "report_to": [], "max_steps": 1, "logging_steps": 1, "num_mc_samples": 2, **options}
+    arguments = DiffusionVRPOConfig(str(folder), **options)
+    rows, tokenizer = make_pairs(4), make_encoder_tokenizer()
+    given = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": peft_config}
+    trainer = DiffusionVRPOTrainer(model, args=arguments, **given)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["linear1"])], ids=["all", "adapter"])
+def test_an_encoder_of_ones_own(tmp_path, adapter):
+    """Of whose classes nothing is known: dropout is off, and training starts at its reference to the last bit."""
+    assert train_towers(tmp_path, peft_config=adapter, gradient_checkpointing=False) == LN2
+
+
+def test_layers_that_have_no_checkpointing(tmp_path):
+    with pytest.raises(ValueError, match="nothing that `TowersForMaskedLM` can do.*`gradient_checkpointing=False`"):
+        train_towers(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_dropout_that_is_no_module_is_turned_off(model_type):
+    """That of attention in stock classes: after TRL's step, which is for modules, and this one nothing is random."""
+    model = make_encoder(model_type, attention_dropout=0.5, attention_probs_dropout_prob=0.5).train()
+    ids = torch.arange(9, 25).unsqueeze(0)
+    logits = lambda: model(input_ids=ids).logits  # noqa: E731
+    with torch.no_grad():
+        assert not torch.equal(logits(), logits())
+        disable_dropout_in_model(model)
+        turn_off_dropout(model)
+        assert torch.equal(logits(), logits())
 
 
 def test_trained_whole_and_saved_as_what_transformers_loads(name, path, tmp_path):

@@ -18,6 +18,7 @@ from test_gradients import TARGETS
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import make_trainer
 from transformers import AutoModelForCausalLM, BertConfig, BitsAndBytesConfig, GPT2Config, LlamaConfig
+from transformers.training_args import OptimizerNames
 from what_fits import CARDS, LLADA_8B, needed
 
 from trl_diffusion import estimate_memory
@@ -446,6 +447,10 @@ def test_the_estimate_of_a_run_is_that_of_its_longest_example(tmp_path):
     )
     assert estimate_run(trainer) == expected
     assert device_memory(trainer) is None  # on a CPU nothing is said
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    for name, size in (("sgd", 0), ("adamw_bnb_8bit", 2), ("adamw_torch", 8)):
+        trainer.args.optim = OptimizerNames(name)
+        assert estimate_run(trainer).optimizer == size * trained
 
 
 def test_a_model_on_several_gpus_or_none_is_not_judged(monkeypatch):

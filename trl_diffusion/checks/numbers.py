@@ -38,7 +38,7 @@ class FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients and args.deepspeed_plugin is None:  # which keeps gradients to itself
+        if not gradients and args.deepspeed_plugin is None and not _are_consumed(args.optim.value):
             raise RuntimeError(
                 f"At step {state.global_step + 1} no weight of the optimiser has a gradient: nothing would be trained. "
                 "An optimiser that was made before the trainer, and passed as `optimizers`, does not have the adapter "
@@ -55,6 +55,11 @@ class FiniteGradients(TrainerCallback):
             f"are those of step {state.global_step}, and checkpoints are unharmed. Resume from the last one with a "
             "lower `learning_rate`, in float32 or bfloat16, or without the rows of this step."
         )
+
+
+def _are_consumed(optimizer: str) -> bool:
+    """Whether gradients are used up in the backward, as DeepSpeed's are, which keeps them to itself."""
+    return "lomo" in optimizer or "layerwise" in optimizer
 
 
 def _largest(gradients: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,6 +3,8 @@ From tokens to hidden states, and from hidden states to logits, as the family sa
 are run apart, so that positions that are not masked need no logits.
 """
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any
     Raises:
         ValueError: the backbone does not answer with them.
     """
-    outputs = model.base_model(input_ids=input_ids, use_cache=False, **inputs)
+    backbone = model.base_model
+    inputs |= {"use_cache": False} if takes(type(backbone), "use_cache") else {}
+    outputs = backbone(input_ids=input_ids, **inputs)
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
         raise ValueError(
@@ -36,6 +40,13 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any
             "docs/adding-a-model.md."
         )
     return hidden
+
+
+@lru_cache
+def takes(model_class: Any, argument: str) -> bool:
+    """Whether the forward of a class of models has an argument of this name, or takes any."""
+    parameters = inspect.signature(model_class.forward).parameters
+    return argument in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def transformed(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

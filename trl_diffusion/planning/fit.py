@@ -61,7 +61,7 @@ def estimate_run(trainer: Any) -> MemoryEstimate:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         elbo_gradient="checkpoint" if args.fp16 else args.elbo_gradient,
         separate_reference=trainer.ref_model is not None,
-        optimizer_bytes=_optimizer_bytes(str(args.optim)),
+        optimizer_bytes=_optimizer_bytes(args.optim.value),
         device=trainer.accelerator.device.type,
     )
 

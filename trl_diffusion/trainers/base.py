@@ -20,6 +20,7 @@ from ..checks.datasets import check_datasets
 from ..checks.inputs import check_arguments, check_models, check_placed, check_same_vocabulary, require_trainable
 from ..checks.numbers import FiniteGradients, naming_the_example
 from ..models.denoiser import check_denoiser, resolve_mask_token_id
+from ..models.dropout import turn_off_dropout
 from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
@@ -174,6 +175,8 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         check_same_vocabulary(self._model_config, model.config, self._tokenizer)
         keep_differentiable(model)  # the reference too: kernels for inference round otherwise than the policy's
         check_denoiser(model, mask_token_id)
+        if getattr(self.args, "disable_dropout", False):
+            turn_off_dropout(model)
         model.config.mask_token_id = mask_token_id  # also where only the tokenizer had it: the checkpoint says it
         obstacle = self._obstacle_to_immediate()
         if self.args.elbo_gradient == "immediate":

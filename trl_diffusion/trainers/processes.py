@@ -57,7 +57,9 @@ class ProcessesMixin(_Trainer):
         """
         if is_deepspeed_zero3_enabled() and self.args.gradient_checkpointing:
             given = self.args.gradient_checkpointing_kwargs or {}
-            self.args.gradient_checkpointing_kwargs = {**given, "use_reentrant": False}
+            kwargs = {**given, "use_reentrant": False}
+            # TRL has the old name; transformers goes by the new one, and the two may be one dictionary
+            self.args.gradient_checkpointing_kwargs = self.args.activation_checkpointing_kwargs = kwargs
 
 
 def casting_weights_only(policy: Any) -> Any:

@@ -51,6 +51,7 @@ def check_before_training(trainer: Any) -> None:
 
     Where weights are put in place later (FSDP, DeepSpeed), the scores are compared when training begins.
     """
+    refuse_layers_that_are_kept(trainer)
     refuse_half_of_a_tie(trainer.model)
     refuse_router_loss(trainer)
     try_shift(trainer)
@@ -90,6 +91,17 @@ def try_shift(trainer: Any) -> None:
             "Either the tokenizer is another model's, or the weights are random.",
             found.ours.mean(),
             found.vocab_size,
+        )
+
+
+def refuse_layers_that_are_kept(trainer: Any) -> None:
+    """Refuse layer checkpointing, TRL's default, of a model whose class has none."""
+    base = base_of(trainer.accelerator.unwrap_model(trainer.model))
+    if trainer.args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"`gradient_checkpointing=True`, the default, is nothing that `{type(base).__name__}` can do "
+            "(`supports_gradient_checkpointing`). Set `gradient_checkpointing=False`: activations of "
+            "`draws_per_forward` draws are kept, not those of all."
         )
 
 
