@@ -28,8 +28,8 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, **inputs: Any
     Raises:
         ValueError: the backbone does not answer with them.
     """
-    backbone = model.base_model
-    inputs |= {"use_cache": False} if takes(type(backbone), "use_cache") else {}
+    backbone: Any = model.base_model
+    inputs |= {"use_cache": False} if takes(backbone.__class__, "use_cache") else {}
     outputs = backbone(input_ids=input_ids, **inputs)
     hidden = getattr(outputs, "last_hidden_state", None)
     if hidden is None:
