@@ -39,9 +39,9 @@ combinations such as `sigmoid` with `sft`.
 Refused when a trainer is made: an adapter on the output head; one that changes the model before it has learnt anything
 (PiSSA, OLoRA, FourierFT, `init_lora_weights=False`; one that comes with the model is copied and may do so); trained
 weights that the reference shares with the policy (biases of the base model); virtual tokens (prompt learning); several
-active adapters, or a merged one; `compute_metrics`, as there are no logits of a text; a model with causal attention,
-one that was compiled, and one whose weights a `device_map` has left to the CPU or a disk; a dataset with reference
-scores of another run; and a TRL outside the tested range.
+active adapters, a merged one, or one that transformers put in (`load_adapter`); `compute_metrics`, as there are no
+logits of a text; a model with causal attention, one that was compiled, and one whose weights a `device_map` has left to
+the CPU or a disk; a dataset with reference scores of another run; and a TRL outside the tested range.
 
 ## Values
 

@@ -19,6 +19,8 @@ from test_generation import PROMPTS, naive_response
 from test_head import gradients, make_batch, scored
 from test_lfm2 import make_lfm2
 from transformers import (
+    BertConfig,
+    BertForPreTraining,
     BertModel,
     CohereConfig,
     CohereForCausalLM,
@@ -464,6 +466,15 @@ def test_attention_is_tried_and_not_believed(mask_token_id):
     check_denoiser(make_llama(is_causal=False, mask_token_id=mask_token_id), mask_token_id)
     with pytest.raises(ValueError, match=r"attends causally.*`model.config.is_causal = False`"):
         check_denoiser(make_llama(is_causal=True, mask_token_id=mask_token_id), mask_token_id)
+
+
+def test_a_model_of_several_heads_is_refused():
+    sizes = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = BertForPreTraining(BertConfig(**sizes, num_attention_heads=2))
+    with pytest.raises(
+        ValueError, match="with a `BertForPreTrainingOutput`, which has no `logits`.*AutoModelForMaskedLM"
+    ):
+        check_denoiser(model, 2)
 
 
 def test_logits_that_are_not_the_head_of_the_last_hidden_state_are_refused(monkeypatch):

@@ -61,6 +61,13 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
                 f"`{name}` was compiled (`compile()`): every response runs at its own length, so that nearly every "
                 "forward would be compiled anew. Give a model that is not."
             )
+    if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "`model` has an adapter that transformers put into its layers (`load_adapter`, `add_adapter`, or "
+            "`from_pretrained` of an adapter's folder): a run could not be told from one of all weights, nor resumed. "
+            "Give the path of the adapter as `model`, or `PeftModel.from_pretrained(base_model, path, "
+            "is_trainable=True)`; for a new one, the model alone and `peft_config`."
+        )
     if isinstance(model, PeftModel) and any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
         raise ValueError(
             "The adapter of `model` is merged into the base model: it would get no gradient, and the base model is not "
@@ -151,13 +158,9 @@ def refuse_unknown_token(token: int, vocab_size: int) -> None:
 def require_trainable(model: Any) -> None:
     """Refuse to train a model of which no weight would change."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        adapted = isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
-        adapter = (
-            "Give the path of its adapter as `model`, or load it with `PeftModel.from_pretrained(base_model, path, "
-            "is_trainable=True)`."
-        )
-        whole = "Call `model.requires_grad_(True)` before it is given to the trainer."
+        adapter = isinstance(model, PeftModel)
+        cure = "Load its adapter with `is_trainable=True`" if adapter else "Call `model.requires_grad_(True)`"
         raise ValueError(
-            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. "
-            f"{adapter if adapted else whole}"
+            f"No weight of the `{type(model).__name__}` requires a gradient, so nothing would be trained. {cure} "
+            "before it is given to the trainer."
         )

@@ -140,9 +140,19 @@ def as_they_are(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     blocks = blocks_of(model.config, everywhere, everywhere)
     if blocks is None:
-        return model(input_ids=ids).logits.float(), hidden_states(model, ids)
-    logits = model(input_ids=ids, attention_mask=block_causal(model, blocks, everywhere)).logits.float()
+        return _answer(model, ids), hidden_states(model, ids)
+    logits = _answer(model, ids, attention_mask=block_causal(model, blocks, everywhere))
     return logits, read(model, ids[0], blocks[0])[0].unsqueeze(0)
+
+
+def _answer(model: PreTrainedModel, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    answer = model(input_ids=ids, **inputs)
+    if getattr(answer, "logits", None) is None:
+        raise ValueError(
+            f"`{type(model).__name__}` answers with a `{type(answer).__name__}`, which has no `logits`. Use a class whose "
+            "one head is that of the vocabulary, as `AutoModelForMaskedLM` loads it."
+        )
+    return answer.logits.float()
 
 
 def block_causal(model: PreTrainedModel, numbers: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

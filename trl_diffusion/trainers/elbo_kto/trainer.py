@@ -54,9 +54,8 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         args ([`ELBOKTOConfig`], *optional*):
             Configuration for this trainer. If not given, one with the defaults.
         **kwargs:
-            `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
-            `optimizers`, `quantization_config` and `peft_config`, as in [`~trl.KTOTrainer`]. Paired datasets are
-            unpaired.
+            `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, `callbacks`, `optimizers`,
+            `quantization_config` and `peft_config`, as in [`~trl.KTOTrainer`]. Paired datasets are unpaired.
 
     Raises:
         ValueError: the model is not a masked diffusion model, or an option has no meaning for one.

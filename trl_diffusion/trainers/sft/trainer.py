@@ -48,8 +48,8 @@ class DiffusionSFTTrainer(ELBOTrainerMixin, PartsTrainer):
         args ([`DiffusionSFTConfig`], *optional*):
             Configuration for this trainer. If not given, one with the defaults.
         **kwargs:
-            `data_collator`, `train_dataset`, `eval_dataset`, `processing_class`, `compute_metrics`, `callbacks`,
-            `optimizers`, `quantization_config` and `peft_config`, as in [`~trl.SFTTrainer`].
+            `data_collator`, `train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, `optimizers`,
+            `quantization_config` and `peft_config`, as in [`~trl.SFTTrainer`].
 
     Raises:
         ValueError: the model is not a masked diffusion model, or an option has no meaning for one.

@@ -45,8 +45,8 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
         args ([`DiffusionVRPOConfig`], *optional*):
             Configuration for this trainer. If not given, one with the defaults.
         **kwargs:
-            `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
-            `optimizers`, `quantization_config` and `peft_config`, as in [`~trl.DPOTrainer`].
+            `train_dataset`, `eval_dataset`, `processing_class`, `data_collator`, `callbacks`, `optimizers`,
+            `quantization_config` and `peft_config`, as in [`~trl.DPOTrainer`].
 
     Raises:
         ValueError: the model is not a masked diffusion model, or an option has no meaning for one.
