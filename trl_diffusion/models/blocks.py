@@ -149,8 +149,8 @@ def _answer(model: PreTrainedModel, ids: torch.Tensor, **inputs: torch.Tensor) -
     answer = model(input_ids=ids, **inputs)
     if getattr(answer, "logits", None) is None:
         raise ValueError(
-            f"`{type(model).__name__}` answers with a `{type(answer).__name__}`, which has no `logits`. Use a class whose "
-            "one head is that of the vocabulary, as `AutoModelForMaskedLM` loads it."
+            f"`{type(model).__name__}` answers with a `{type(answer).__name__}`, which has no `logits`. Use a class "
+            "whose one head is that of the vocabulary, as `AutoModelForMaskedLM` loads it."
         )
     return answer.logits.float()
 
