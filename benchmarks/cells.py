@@ -48,15 +48,17 @@ def run_cells(
     run_cell: Callable[[Path, str, int], dict],
     report: Callable[[Cells], None],
     name: str = "arm",
+    root: Path = ROOT,
 ) -> None:
     """The command line of a comparison: run what is asked for and not finished, and report all that is."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument(f"--{name}s", dest="arms", nargs="+", choices=list(arms), default=list(arms))
-    parser.add_argument("--output_dir", type=Path, default=ROOT)
+    parser.add_argument("--output_dir", type=Path, default=root)
     parser.add_argument("--report", action="store_true", help="only print what is finished")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / file
     for seed in () if arguments.report else arguments.seeds:
         for arm in sorted(arguments.arms, key=list(arms).index):

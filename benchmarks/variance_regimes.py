@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import grammar_text
@@ -98,7 +98,7 @@ def build(task: str, root: Path = ROOT) -> Path:
         _build_reference(task, folder)
     for name, (steps, learning_rate) in POLICIES[task].items():
         if not (folder / name / "config.json").exists():
-            _train_policy(folder, name, steps, learning_rate)
+            train_policy(folder, name, steps, learning_rate)
     return folder
 
 
@@ -161,11 +161,11 @@ def story_pair(rng: random.Random, length: int, kind: str) -> dict:
     return {"prompt": " ".join(teller.opening()), **responses, "length": length, "kind": kind}
 
 
-def _train_policy(folder: Path, name: str, steps: int, learning_rate: float) -> None:
+def train_policy(folder: Path, name: str, steps: int, learning_rate: float) -> None:
     """`steps` of VRPO on the training pairs, all weights trained, from the reference."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
     trainer = DiffusionVRPOTrainer(
-        LLaDAModelLM.from_pretrained(folder / "reference"),
+        AutoModelForCausalLM.from_pretrained(folder / "reference"),
         args=DiffusionVRPOConfig(
             str(folder / name),
             num_mc_samples=4,

@@ -110,7 +110,7 @@ The picture: its last panel counts. {watched} can improve while the answers get 
 
 def prepare(folder: Path, seed: int) -> dict:
     """Pre-trained model, tokenizer, splits and rows to train on of a seed; from `folder` if they are there already."""
-    discard_if_made_by_other_code(folder, seed)
+    discard_if_made_by_other_code(folder, (seed, MODEL, PROBLEMS, SAMPLING, HELD_OUT))
     splits, tokenizer = task.make_splits(seed, pairs=PROBLEMS), task.make_tokenizer()
     if not (folder / "base" / "model.safetensors").exists():
         model = task.pretrain(tokenizer, splits, seed, **MODEL)
@@ -126,10 +126,9 @@ def prepare(folder: Path, seed: int) -> dict:
     return made
 
 
-def discard_if_made_by_other_code(folder: Path, seed: int) -> None:
+def discard_if_made_by_other_code(folder: Path, made_with: tuple) -> None:
     """A base model of an earlier version of the task would be compared with this version's problems."""
-    made_with = repr((seed, MODEL, PROBLEMS, SAMPLING, HELD_OUT)).encode()
-    key = blake2b(Path(task.__file__).read_bytes() + made_with, digest_size=8).hexdigest()
+    key = blake2b(Path(task.__file__).read_bytes() + repr(made_with).encode(), digest_size=8).hexdigest()
     made_by = folder / "made_by"
     if not made_by.exists() or made_by.read_text() != key:
         for name in ("base", "pairs", "thumbs"):

@@ -263,17 +263,27 @@ def in_two_processes(sample, model, tokenizer, problems: list[Problem], *argumen
 
 def pretrain(tokenizer, splits, seed: int, batch_size=64, steps=900, goal=0.9, least=0.8, most_rounds=3, **size):
     """
-    Train a model on the student's homework until it can calculate: `goal` is its accuracy on validation problems that
-    have no tricky verb. A model that is not there after `steps` gets another round, half as long and half as bold; one
-    that is below `least` after `most_rounds` is refused. `size` is what `make_model` takes.
+    Train a model on the student's homework until it can calculate, see [`train_to_calculate`]. `size` is what
+    `make_model` takes.
     """
     torch.manual_seed(seed)
     model = make_model(tokenizer, **size)
     batches = _homework(tokenizer, splits["pretraining"], random.Random(seed), batch_size)
     plain = [problem for problem in splits["validation"] if not problem.is_tricky]
+    return train_to_calculate(
+        model, tokenizer, plain, lambda _: _loss(model, next(batches)), steps, goal, least, most_rounds
+    )
+
+
+def train_to_calculate(model, tokenizer, plain: list[Problem], loss_of, steps=900, goal=0.9, least=0.8, most_rounds=3):
+    """
+    Steps on `loss_of(step)` until `goal` is the accuracy on `plain` problems, which have no tricky verb. A model that
+    is not there after `steps` gets another round, half as long and half as bold; one that is below `least` after
+    `most_rounds` is refused.
+    """
     boldness, score = 1.0, 0.0
     for _ in range(most_rounds):
-        train(model, lambda _: _loss(model, next(batches)), steps, boldness)
+        train(model, loss_of, steps, boldness)
         texts = answer(model, tokenizer, [problem.prompt for problem in plain], label="checking")
         score = share(map(is_right, plain, texts))
         if score >= goal:
@@ -342,8 +352,9 @@ def _loss(model, batch) -> torch.Tensor:
 
 
 def _optimizers(model, decay):
-    """Muon for the matrices of the blocks (several times fewer steps than AdamW here), AdamW for the rest."""
-    matrices = [p for p in model.model.transformer["blocks"].parameters() if p.ndim == 2]
+    """Muon for the matrices of the layers (several times fewer steps than AdamW here), AdamW for the rest."""
+    vocabularies = [id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in vocabularies]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01), torch.optim.AdamW(rest, lr=3e-3, weight_decay=decay)

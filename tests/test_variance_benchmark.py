@@ -6,13 +6,16 @@ from math import comb
 import grammar_text
 import pytest
 import torch
+import variance_blocks
 import variance_estimators as estimators
 import variance_levels as lev
 import variance_report as report
 import variance_tables as tables
+import word_problems
+from block_models import block_loss, make_sdar
 from oracles import TableDenoiser, exact_elbo, exact_fixed_count_variances, masked_sums
 
-from trl_diffusion import ControlVariate, LLaDAConfig, LLaDAModelLM, MaskSampler, elbo
+from trl_diffusion import ControlVariate, LLaDAConfig, LLaDAModelLM, MaskSampler, draw_masks, elbo
 
 LENGTH = 5
 LARGEST_Z = 4.0
@@ -146,6 +149,45 @@ def test_look_ups_are_the_elbo_and_its_gradient(options):
         (gradient,) = torch.autograd.grad(margin, head)
         sketched = (sketch.tokens.T @ gradient @ sketch.hidden).flatten()
         torch.testing.assert_close(found.gradient[repeat], sketched, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_look_ups_of_blocks_add_up_to_the_elbo_and_its_gradient(size):
+    """Of responses that begin inside a block, with a last block that is cut, and one that has a block less."""
+    torch.manual_seed(0)
+    tokenizer = word_problems.make_word_tokenizer(["a", "b"])
+    policy, reference = (make_sdar(tokenizer, size, 32, 1, 64).eval() for _ in range(2))
+    pair = variance_blocks.Pair(policy.config, [1, 3, 3] * 13, [[3, 1, 4, 3, 1, 5, 0], [3, 3, 1, 0]])
+    sampler, repeats = MaskSampler(4, **variance_blocks.ESTIMATORS["coupled, control of long ones, a = 0.75"]), 3
+    drawn, sketch = pair.draw(sampler, repeats), tables.Sketch(len(tokenizer), 32)
+    masks = [tables.distinct([masked]) for masked, _ in drawn]
+    scored = pair.score({"policy": policy}, reference, masks, sketch)["policy"]
+    blocks = pair.read(scored, drawn).values()
+    assert len(blocks) == (3 if size == 4 else 1)
+    for repeat in range(repeats):
+        draws = sampler(pair.maskable, pair.ids, pair.real, repeat, blocks=pair.blocks)
+        of_policy, of_reference = (
+            elbo(model, pair.ids, pair.maskable, pair.real, draws=draws).value for model in (policy, reference)
+        )
+        ratio, margin = of_policy - of_reference, of_policy[0] - of_policy[1]
+        score = sum(block.score[repeat] for block in blocks)
+        assert score.item() == pytest.approx((ratio[0] - ratio[1]).item(), rel=1e-4, abs=1e-4)
+        (gradient,) = torch.autograd.grad(margin, policy.get_output_embeddings().weight)
+        sketched = (sketch.tokens.T @ gradient @ sketch.hidden).flatten()
+        found = sum(block.gradient[repeat] for block in blocks)
+        torch.testing.assert_close(found, sketched, rtol=1e-4, atol=1e-4)
+
+
+def test_block_models_are_trained_on_their_elbo():
+    torch.manual_seed(0)
+    model = make_sdar(word_problems.make_word_tokenizer(["a", "b"]), 4, 32, 1, 64)
+    ids, maskable = torch.randint(0, 4, (5, 13)), (torch.arange(13) >= 3).expand(5, 13)
+    ids[ids == model.config.mask_token_id] = 3
+    blocks = torch.arange(13).expand(5, 13) // 4
+    draws = draw_masks(maskable, 1, seed=7, rows=ids, blocks=blocks)
+    loss = block_loss(model, ids, 3, 7)
+    expected = -elbo(model, ids, maskable, draws=draws).value.sum() / maskable.sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
 def test_independent_draws_have_the_variance_of_the_levels():
