@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl_diffusion import DiffusionVRPOConfig, DiffusionVRPOTrainer
 from trl_diffusion.scoring.precision import share_of_lost_updates
 from trl_diffusion.trainers import start as starting
-from trl_diffusion.trainers.loading import find_model
+from trl_diffusion.trainers.loading import find_model, load_model, put_adapter
 
 # The table
 
@@ -378,8 +378,25 @@ def test_code_of_others_is_not_run_without_being_asked_for(tmp_path):
 
 
 def test_an_adapter_and_another_one(tmp_path):
-    with pytest.raises(ValueError, match="merge"):
+    with pytest.raises(ValueError, match=r"`peft_config` \(`--use_peft`\) is for a new one.*`trl-diffusion merge`"):
         by_path(tmp_path, adapter_on_disk(tmp_path), LoraConfig(r=4))
+
+
+def test_an_adapter_is_not_saved_into_its_base_model(tmp_path):
+    base = on_disk(make_model(), tmp_path / "out")
+    with pytest.raises(ValueError, match="is the folder of the model that the adapter is for"):
+        by_path(tmp_path, base, LoraConfig(r=4))
+
+
+def test_an_adapter_of_another_model(tmp_path):
+    """PEFT warns of what it lacks, and leaves the model without it."""
+    folder, other = adapter_on_disk(tmp_path), on_disk(make_model(n_layers=3), tmp_path / "three")
+    for model, path, message in (
+        (find_model(str(other), {}), str(folder), "is not of this model, a `LLaDAModelLM`: Found missing adapter keys"),
+        (find_model(str(folder), {}), str(folder), "is to be put on a model that is an adapter itself"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            put_adapter(load_model(model, {"dtype": "float32"}), path)
 
 
 # Half precision

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from transformers import AutoModelForCausalLM
 
@@ -138,6 +138,9 @@ def test_a_newcomers_way(tmp_path, capsys, checkpoint):
          "Both `--text_files` and `--dataset_name` are given"),
         (["score", "--model_name_or_path", "MODEL", "--text_files", "DATA/latin-1"], "is not a text in UTF-8"),
         (["sample-pairs", "--model_name_or_path", "MODEL", "--reward_funcs", "trl.rewards"], "rewards is no function"),
+        (["score", "--model_name_or_path", "MODEL", "--dataset_name", "DATA/train.jsonl"], "is a file: give its"),
+        (["score", "--model_name_or_path", "MODEL", "--dataset_name", "DISK"], "was written by `save_to_disk`"),
+        (["score", "--model_name_or_path", "MODEL", "--dataset_name", "HALF"], "cannot be read: "),
         (["merge", "--model_name_or_path", "MODEL", "--output_dir", "DATA/adapter"], "holds an adapter, which"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -146,6 +149,9 @@ def test_values_that_do_not_fit_end_in_a_line(tmp_path, capsys, monkeypatch, che
     monkeypatch.chdir(tmp_path)
     Dataset.from_dict({"text": ["say hi"]}).to_json(tmp_path / "DATA" / "train.jsonl")
     (tmp_path / "DATA" / "latin-1").write_bytes(b"\xe9")
+    Dataset.from_dict({"text": ["say hi"]}).save_to_disk(tmp_path / "DISK")
+    (tmp_path / "HALF").mkdir()
+    (tmp_path / "HALF" / "test.jsonl").write_text('{"text": "a"}\n{"text": ')
     (tmp_path / "DATA" / "adapter").mkdir()
     (tmp_path / "DATA" / "adapter" / "adapter_config.json").write_text("{}")
     assert main([str(checkpoint) if part == "MODEL" else part for part in arguments]) == 1
@@ -160,6 +166,7 @@ def test_values_that_do_not_fit_end_in_a_line(tmp_path, capsys, monkeypatch, che
         (["sample-pairs", "--model_name_or_path", "x"], "`--reward_funcs` is missing"),
         (["score"] + ["--method", "guess"], "invalid choice: 'guess'"),
         (["sample-pairs", "--model_name_or_path", "x", "--reward_funcs", "x", "--temperature", "0"], "greedy answers"),
+        (["vrpo", "--model_name_or_path", "ADAPTER", "--use_peft", "--output_dir", "o", *ON_THE_CPU], "for a new one"),
         (["generate", "--use_peft"], "`--use_peft` is not an option"),
         (["score", "--dataset_train_split", "x"], "Did you mean `--dataset_test_split`?"),
         (["sample-pairs", "--dataset_streaming"], "`--dataset_streaming` is not an option"),
@@ -167,7 +174,9 @@ def test_values_that_do_not_fit_end_in_a_line(tmp_path, capsys, monkeypatch, che
         (["sft", "--ignore_bias_buffers"], "`--ignore_bias_buffers` is not an option"),
     ],
 )  # fmt: skip
-def test_missing_options_are_named(capsys, arguments, message):
+def test_missing_options_are_named(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    LoraConfig(base_model_name_or_path="x").save_pretrained("ADAPTER")
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
@@ -226,6 +235,15 @@ def test_a_launch_is_accelerates(monkeypatch, capsys, tmp_path):
     assert "`--accelerate_config` in the YAML file is not an option. It says how" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--cpu"], [], ["--accelerate_config", "single_gpu"]])
+def test_processes_that_would_not_be_started(monkeypatch, capsys, options):
+    """Without several GPUs accelerate runs one, and does not say so."""
+    monkeypatch.setattr(launch, "launch_command", lambda _: pytest.fail("it is launched"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", "--num_processes", "2", *options])
+    assert "`--num_processes 2` would start one process" in capsys.readouterr().err
+
+
 def test_a_process_that_fails_has_said_why(monkeypatch):
     """In a line of its own, to which no traceback of the launcher is added."""
 
@@ -233,4 +251,4 @@ def test_a_process_that_fails_has_said_why(monkeypatch):
         raise ChildFailedError("main", {0: ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file="none")})
 
     monkeypatch.setattr(launch, "launch_command", fails)
-    assert main(["merge", "--num_processes", "2"]) == 1
+    assert main(["merge", "--num_processes", "2", "--multi_gpu"]) == 1

@@ -152,21 +152,35 @@ def test_the_base_of_an_adapter_that_came_with_the_model(tmp_path, caplog):
         assert trained and not any(".ref." in name for name in trained)
 
 
-def test_it_looks_at_each_evaluation(tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "eval_dataset": make_pairs(3)}
-    trainer = make_trainer(tmp_path, **options)
-    trainer.add_callback(WinRateCallback(trainer, Dataset.from_dict({"prompt": PROMPTS}), letters, max_new_tokens=4))
-    trainer.evaluate()
-    trainer.train()
-    assert [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry] == [1, 2]
+def test_it_looks_at_each_evaluation(tmp_path, caplog):
+    """Once, where there are several sets; where there is none it says so."""
+    sets = {"one": make_pairs(3), "two": make_pairs(2)}
+    for options, steps in (({"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": sets}, [1, 2]), ({}, [])):
+        trainer = make_trainer(tmp_path, max_steps=2, **options)
+        prompts = Dataset.from_dict({"prompt": PROMPTS})
+        trainer.add_callback(WinRateCallback(trainer, prompts, letters, max_new_tokens=4))
+        if steps:
+            trainer.evaluate()
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        assert [entry["step"] for entry in trainer.state.log_history if "eval_win_rate" in entry] == steps
+        assert ("looks at each evaluation, and there is none" in caplog.text) == (not steps)
 
 
 def test_prompts_that_do_not_fit_are_refused_before_training(tmp_path):
     trainer = make_trainer(tmp_path, make_model(max_sequence_length=32))
     with pytest.raises(ValueError, match="do not fit"):
         WinRateCallback(trainer, ["one " * 30], letters, max_new_tokens=8)
-    with pytest.raises(ValueError, match="`freq` must be at least 1"):
-        WinRateCallback(trainer, PROMPTS, letters, freq=0)
+    for wrong in ({"freq": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must be at least 1, got 0"):
+            WinRateCallback(trainer, PROMPTS, letters, **wrong)
+
+    def fails(completions, **kwargs):
+        raise KeyError("key")
+
+    trainer.add_callback(WinRateCallback(trainer, PROMPTS, fails, freq=1, max_new_tokens=4))
+    with pytest.raises(RuntimeError, match="`fails` raised KeyError.*go on from the last checkpoint"):
+        trainer.train()
 
 
 def test_trl_logs_completions_by_the_samplers_arguments(tmp_path):

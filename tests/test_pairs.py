@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from processes import run_forked
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import make_trainer
-from trl.rewards import get_soft_overlong_punishment, think_format_reward
+from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_format_reward
 
 from trl_diffusion import sample_pairs
 from trl_diffusion.evaluation import answers
@@ -316,6 +316,8 @@ def long_prompts():
         ({"margin": -1.0}, "`margin` must not be negative"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"functions": []}, "`reward_funcs` is empty"),
+        ({"functions": accuracy_reward}, "`accuracy_reward` cannot be called: missing a required argument: 'solution'"),
+        ({"functions": lambda completions: [1.0]}, "`<lambda>` cannot be called: got an unexpected .*`\\*\\*kwargs`"),
         ({"reward_weights": [1.0, 2.0]}, "`reward_weights` must be 1 finite numbers"),
         ({"top_k": 5}, "`top_k=5` has no meaning for a diffusion sampler"),
         ({"margin": 1e9}, "None of 5 prompts gave a row"),

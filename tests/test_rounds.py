@@ -9,6 +9,7 @@ from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from processes import run_forked
 from safetensors.torch import load_file
+from trl import ScriptArguments
 
 from trl_diffusion import DiffusionVRPOTrainer
 from trl_diffusion.checks.launch import check_launch_to_use
@@ -108,6 +109,9 @@ def test_an_interruption_in_the_middle_of_a_round_changes_no_number(run, monkeyp
 
     monkeypatch.setattr(rounds, "load_to_use", lambda *_: pytest.fail("a finished round is run again"))
     run("part", *LORA, "--batch_size", "2")
+    for other, message in (("lora_dropout", "was '0.05' and is '0.5'"), ("weight_decay", "was '0.0' and is '0.5'")):
+        with pytest.raises(ValueError, match=f"is of another run: `{other}` {message}"):
+            run("part", *LORA, f"--{other}", "0.5")
     with pytest.raises(ValueError, match="is of another run: `learning_rate` was '0.05' and is '0.1'.*another `output"):
         run("part", *LORA, "--learning_rate", "0.1")
 
@@ -166,7 +170,7 @@ def test_what_rounds_are_not_for_is_refused_before_a_model_is_loaded(run, monkey
 
 
 def test_held_out_prompts_are_not_trained_on(run, tmp_path):
-    script_args = type("Script", (), {"dataset_name": str(tmp_path / "prompts"), "dataset_config": None})
+    script_args = ScriptArguments(dataset_name=str(tmp_path / "prompts"))
     script_args.dataset_train_split, script_args.dataset_test_split = "train", "validation"
     assert [some["prompt"] for some in rounds.prompts_of(script_args, 2)] == [PROMPTS[:3], PROMPTS[3:]]
     script_args.dataset_test_split = "test"

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from ..evaluation.ready import load_ready
 from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
@@ -73,11 +75,16 @@ class TrainedModelConfig(DiffusionModelConfig):
     [`DiffusionModelConfig`] of a model that is trained.
 
     Raises:
-        ValueError: its weights are quantised, and there is no adapter to train.
+        ValueError: its weights are quantised, and there is no adapter to train; or a new one, and the model is one.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use_peft and self._is_an_adapter():
+            raise ValueError(
+                f"`--model_name_or_path {self.model_name_or_path}` is an adapter, which is trained on, and "
+                "`--use_peft` is for a new one. Leave it out; or merge the adapter first, with `trl-diffusion merge`."
+            )
         for name in ("load_in_4bit", "load_in_8bit"):
             if getattr(self, name) and not self.use_peft and not self._is_an_adapter():
                 raise ValueError(
@@ -118,9 +125,7 @@ def load_datasets(script_args: Any, training_args: Any, dataset_args: Any) -> di
     if dataset_args.datasets:
         dataset = get_dataset(dataset_args)
     elif script_args.dataset_name:
-        dataset = load_dataset(
-            script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-        )
+        dataset = load_named(script_args)
     else:
         raise ValueError("Give a dataset: `--dataset_name`, or `datasets` in a YAML file.")
     names = {"train_dataset": "dataset_train_split", "eval_dataset": "dataset_test_split"}
@@ -166,7 +171,22 @@ def load_named(script_args: Any) -> Any:
     """All splits of the dataset that `--dataset_name` names."""
     if not script_args.dataset_name:
         raise ValueError("`--dataset_name` is missing: give a folder, or the name of a dataset on the hub.")
-    return load_dataset(script_args.dataset_name, name=script_args.dataset_config)
+    place = Path(script_args.dataset_name)
+    if place.is_file():
+        raise ValueError(
+            f"`--dataset_name {place}` is a file: give its folder, {str(place.parent)!r}, where a file is named after "
+            "its split, such as `train.jsonl`."
+        )
+    if any((place / name).exists() for name in ("state.json", "dataset_dict.json")):
+        raise ValueError(
+            f"`--dataset_name {place}` was written by `save_to_disk`, for `load_from_disk` in Python. Write it with "
+            "`dataset.to_parquet('FOLDER/train.parquet')`, and give that folder."
+        )
+    try:
+        options = {"name": script_args.dataset_config, "streaming": script_args.dataset_streaming}
+        return load_dataset(script_args.dataset_name, **options)
+    except DatasetGenerationError as error:
+        raise ValueError(f"`--dataset_name {place}` cannot be read: {error.__cause__ or error}") from error
 
 
 def say(text: str) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
 
 from ..diagnosis.diagnose import diagnose_variance
 from ..evaluation.likelihood import METHODS, ORDERS, likelihood
 from ..scoring.door import DatasetMixtureConfig, ScriptArguments, get_quantization_config
-from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options
+from ..trainers.loading import find_model, load_model, load_tokenizer, loading_options, put_adapter
 from ..trainers.vrpo.config import DiffusionVRPOConfig
 from .arguments import (
     IGNORED,
@@ -100,7 +99,7 @@ def diagnose(script_args: Any, training_args: Any, model_args: Any, dataset_args
         options = loading_options(training_args) | {"quantization_config": quantization_config}
         source = find_model(model, options)
         tokenizer, quantization_config = load_tokenizer(source, options), None
-        model = PeftModel.from_pretrained(load_model(source, options), adapter)
+        model = put_adapter(load_model(source, options), adapter)
     report = diagnose_variance(
         model or adapter,
         dataset=load_datasets(script_args, training_args, dataset_args)["train_dataset"],

@@ -4,8 +4,12 @@ from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from .command import Command
@@ -37,11 +41,30 @@ def launch(command: Command, options: list[str]) -> int:
     parser.check(own)  # once, instead of in each process
     which = ["--config_file", config] if config else []
     module = ["--module", "trl_diffusion.cli.main", command.name]
+    asked = launcher.parse_args([*which, *of_launcher, *module, *own])
+    if (asked.num_processes or 1) > 1 and _starts_one(asked):
+        parser.error(
+            f"`--num_processes {asked.num_processes}` would start one process: accelerate starts several under a "
+            "configuration for several. Add `--accelerate_config multi_gpu`; on a CPU `--use_cpu`, instead of `--cpu`."
+        )
     try:
-        launch_command(launcher.parse_args([*which, *of_launcher, *module, *own]))
+        launch_command(asked)
     except ChildFailedError:  # which has said why
         return 1
     return 0
+
+
+def _starts_one(asked: Any) -> bool:
+    """Whether accelerate would run the command as it is, once, whatever the number of processes; it does not say so."""
+    if asked.mpirun_hostfile:
+        return False
+    kinds = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+    if asked.cpu or any(getattr(asked, kind) for kind in kinds):
+        return bool(asked.cpu)
+    if asked.config_file or Path(default_config_file).is_file():
+        kind = load_config_from_file(asked.config_file).distributed_type
+        return kind in (DistributedType.NO, DistributedType.MULTI_CPU)
+    return not torch.accelerator.is_available() or torch.accelerator.device_count() < 2
 
 
 def configuration(options: list[str]) -> tuple[str | None, list[str]]:

@@ -3,7 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from .training import train_and_save
 _DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
 _TRAINING = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "seed")
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_MODEL = ("model_name_or_path", "model_revision", "use_peft", "lora_r", "lora_alpha")
+_OPTIMISER = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16")
+_MODEL = {each.name for each in fields(TrainedModelConfig)} - {"trust_remote_code", "attn_implementation"}
 
 
 @dataclass
@@ -81,8 +82,8 @@ class Rounds:
         compared = [name for name, found in self.training_args.differences.items() if found is not SILENT]
         parts = (
             (self.script_args, _DATA),
-            (self.training_args, (*compared, *_TRAINING, *_BATCH)),
-            (self.model_args, _MODEL),
+            (self.training_args, (*compared, *_TRAINING, *_OPTIMISER, *_BATCH)),
+            (self.model_args, sorted(_MODEL)),
             (self.arguments, sorted(vars(self.arguments).keys() - {"num_rounds", "batch_size"})),
         )
         return {name: str(getattr(part, name)) for part, names in parts for name in names if hasattr(part, name)}

@@ -64,6 +64,8 @@ class Answerer:
 
     def batches(self, numbers: list[int], size: int) -> Iterator[list[int]]:
         """Prompts to answer together: never two that are equal, whose noise is told apart by the seed."""
+        if size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {size}.")
         by_occurrence: dict[int, list[int]] = {}
         for number in numbers:
             by_occurrence.setdefault(self._occurrences[number], []).append(number)

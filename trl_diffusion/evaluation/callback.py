@@ -59,17 +59,23 @@ class WinRateCallback(TrainerCallback):
                 "The weights are sharded (FSDP, ZeRO-3), and cannot be sampled from while they are trained: sample "
                 "from a checkpoint, with `sample_pairs` or `trl-diffusion generate`."
             )
-        if freq is not None and freq < 1:
-            raise ValueError(f"`freq` must be at least 1 step, got {freq}.")
-        self._trainer, self._freq, self._size = trainer, freq, batch_size
-        self._rewards = Rewards(reward_funcs, reward_weights)
+        for name, value in {"freq": freq, "batch_size": batch_size}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self._trainer, self._freq, self._size, self._last = trainer, freq, batch_size, 0
+        self._rewards = Rewards(reward_funcs, reward_weights, "Correct it, and go on from the last checkpoint.")
         self._prompts = read_prompts(prompts, trainer._tokenizer, trainer._model_config)
+        self._rewards.check_columns(self._prompts.columns)
         self._options = (trainer._tokenizer, self._prompts, 1, seed, generation)
         self._base: list[float | None] = []
         Answerer(trainer.accelerator.unwrap_model(trainer.model), *self._options)  # refuses what does not fit
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
+        if self._freq is None and args.eval_strategy == "no":
+            logger.warning(
+                "`WinRateCallback` looks at each evaluation, and there is none: set `freq`, or `eval_strategy`."
+            )
         policy = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.ref_model is not None:
             self._base = self._marks(trainer.accelerator.unwrap_model(trainer.ref_model))
@@ -86,7 +92,9 @@ class WinRateCallback(TrainerCallback):
             self._log()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._freq is None and self._base:  # not before training
+        is_first = state.global_step != self._last  # of several evaluation sets
+        if self._freq is None and self._base and is_first:  # not before training
+            self._last = state.global_step
             self._log()
 
     def _log(self) -> None:

@@ -88,6 +88,7 @@ def sample_pairs(
     """
     _check(num_samples, strategy, threshold, margin, batch_size)
     rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer, model.config)
+    rewards.check_columns(asked.columns)
     check_writable(output_dir)
     answerer = Answerer(model, tokenizer, asked, num_samples, seed, {"temperature": 1.0, **generation})
     refuse_greedy(num_samples, answerer.sampler.temperature, answerer.sampler.remasking)

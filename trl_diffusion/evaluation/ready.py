@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from peft import PeftModel
-
 from ..checks.launch import check_launch_to_use
 from ..models.denoiser import resolve_mask_token_id
-from ..trainers.loading import find_model, load_model, load_tokenizer
+from ..trainers.loading import find_model, load_model, load_tokenizer, put_adapter
 
 
 def load_ready(path: str, options: dict[str, Any], adapter: str | None = None) -> tuple[Any, Any]:
@@ -20,13 +18,13 @@ def load_ready(path: str, options: dict[str, Any], adapter: str | None = None) -
 
     Raises:
         OSError: there is no such model.
-        ValueError: the launch shards weights.
+        ValueError: the launch shards weights, or the adapter does not fit.
     """
     check_launch_to_use()
     source = find_model(path, options)
     tokenizer = load_tokenizer(source, options)
     model = load_model(source, options)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = put_adapter(model, adapter)
     model.config.mask_token_id = resolve_mask_token_id(source.config, tokenizer)
     return model.eval().requires_grad_(False), tokenizer

@@ -24,9 +24,16 @@ class Rewards:
     Args:
         functions: one, or a list.
         weights: of each; by default 1.
+        cure: what to do when one fails, and what was kept.
     """
 
-    def __init__(self, functions: RewardFunc | Sequence[RewardFunc], weights: Sequence[float] | None = None):
+    def __init__(
+        self,
+        functions: RewardFunc | Sequence[RewardFunc],
+        weights: Sequence[float] | None = None,
+        cure: str = "Answers are kept: correct it and start again.",
+    ):
+        self._cure = cure
         given = list(functions) if isinstance(functions, Sequence) and not isinstance(functions, str) else [functions]
         self.functions: list[RewardFunc] = given
         for function in given:
@@ -45,6 +52,20 @@ class Rewards:
     def names(self) -> list[str]:
         """Of the functions."""
         return [getattr(function, "__name__", type(function).__name__) for function in self.functions]
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Refuse functions that cannot be called with what there will be, before there is any answer."""
+        given = ("prompts", "completions", "completion_ids", *columns, *_OF_A_TRAINER)
+        for name, function in zip(self.names, self.functions, strict=True):
+            try:
+                inspect.signature(function).bind(**dict.fromkeys(given))
+            except ValueError:  # it has no signature to be asked for
+                continue
+            except TypeError as error:
+                raise ValueError(
+                    f"The reward function `{name}` cannot be called: {error}. It is given {', '.join(given)} by name: "
+                    "columns that it needs have to be in the dataset, and what it does not need is taken by `**kwargs`."
+                ) from error
 
     def key(self, rows: Any) -> str:
         """A hash of the functions, by their names, sources and the values that they were made with, and of the rows."""
@@ -69,16 +90,14 @@ class Rewards:
         known = [weight * reward for weight, reward in zip(self.weights, rewards, strict=True) if reward is not None]
         return sum(known) if known else None
 
-    @staticmethod
-    def _ask(name: str, function: RewardFunc, given: dict[str, Any]) -> list[float | None]:
+    def _ask(self, name: str, function: RewardFunc, given: dict[str, Any]) -> list[float | None]:
         try:
-            # The place of what GRPO passes besides, which has no meaning here
-            found = function(**given, trainer_state=None, log_extra=_ignore, log_metric=_ignore)
+            found = function(**given, **_OF_A_TRAINER)
             found = asyncio.run(found) if inspect.iscoroutine(found) else found
         except Exception as error:  # of a user's function
             raise RuntimeError(
                 f"The reward function `{name}` raised {type(error).__name__}: {error}. It was called with "
-                f"{sorted(given)}. Answers are kept: correct it and start again."
+                f"{sorted(given)}. {self._cure}"
             ) from error
         number = len(given["completions"])
         is_array = hasattr(found, "tolist") and getattr(found, "ndim", 1) > 0
@@ -87,13 +106,17 @@ class Rewards:
             what = type(found).__name__ if values is None else f"{len(values)} rewards"
             raise ValueError(
                 f"The reward function `{name}` returned {what} for {number} answers. It has to return a list with one "
-                "number, or None, for each. Answers are kept: correct it and start again."
+                f"number, or None, for each. {self._cure}"
             )
         return [_number(value, name, place) for place, value in enumerate(values)]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     """For functions that log into a trainer's table."""
+
+
+# The place of what GRPO passes besides, which has no meaning here
+_OF_A_TRAINER = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
 
 
 def _number(value: Any, name: str, place: int) -> float | None:

@@ -37,6 +37,7 @@ def mean_reward(
         ValueError: no reward function applies to any of the answers.
     """
     rewards, asked = Rewards(reward_funcs, reward_weights), read_prompts(prompts, tokenizer, model.config)
+    rewards.check_columns(asked.columns)
     check_writable(output_dir)
     answerer = Answerer(model, tokenizer, asked, 1, seed, generation)
     _, scores = sampled_and_scored(answerer, rewards, key_of(model, answerer, seed), Path(output_dir), batch_size)

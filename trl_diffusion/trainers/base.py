@@ -33,7 +33,15 @@ from ..scoring.precision import cast_adapters, keep_differentiable
 from ..scoring.ready_adapter import ReadyAdapter, take_over
 from .coupling import CouplingWatch
 from .data import DataMixin
-from .loading import completed, find_model, load_model, load_tokenizer, loading_options, tokenizer_of
+from .loading import (
+    check_new_adapter,
+    completed,
+    find_model,
+    load_model,
+    load_tokenizer,
+    loading_options,
+    tokenizer_of,
+)
 from .metrics import ScoreDiagnostics
 from .model_card import write_model_card
 from .processes import ProcessesMixin
@@ -115,6 +123,7 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         if isinstance(model, str):  # checked when it is loaded
             options = loading_options(args)
             source = find_model(model, options)
+            check_new_adapter(source, peft_config, args.output_dir)
             self._revision = None if source.is_adapter else options.get("revision")
             return ref_model, tokenizer or load_tokenizer(source, options)
         check_placed(model, "model")

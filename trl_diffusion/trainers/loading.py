@@ -5,6 +5,7 @@ The path may be that of an adapter, whose configuration says where its base mode
 is trained on.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,8 +113,46 @@ def load_model(source: Source, options: dict[str, Any]) -> Any:
     # TRL would look for the class without the options that lead to the configuration
     model = create(source.base, architecture=Whole(class_to_load(source.config)), **options)
     if source.is_adapter:
-        return PeftModel.from_pretrained(model, source.path, is_trainable=True, **source.finding)
+        return put_adapter(model, source.path, is_trainable=True, **source.finding)
     return model
+
+
+def put_adapter(model: Any, path: str, **options: Any) -> PeftModel:
+    """
+    A model with an adapter by its path on it.
+
+    Raises:
+        ValueError: the model has one, or the adapter is that of another model: PEFT would warn, and leave it without.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The adapter {path!r} is to be put on a model that is an adapter itself. Name the base model and one "
+            "adapter: one that was trained on from another holds both."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, path, **options)
+        except UserWarning as error:
+            raise ValueError(
+                f"The adapter {path!r} is not of this model, a `{type(model).__name__}`: {str(error)[:200]}... Name "
+                "the model that it was trained on."
+            ) from error
+
+
+def check_new_adapter(source: Source, peft_config: Any, output_dir: str) -> None:
+    """Refuse, before anything is loaded, an adapter on an adapter, and one that would be saved into its base model."""
+    if source.is_adapter and peft_config is not None:
+        raise ValueError(
+            f"`model={source.path!r}` is an adapter, which is trained on, and `peft_config` (`--use_peft`) is for a "
+            "new one. Leave it out; or merge the adapter first, with `trl-diffusion merge`, and train the merged model."
+        )
+    is_trained = source.is_adapter or peft_config is not None
+    if is_trained and Path(source.base).is_dir() and Path(source.base).resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"`output_dir={output_dir!r}` is the folder of the model that the adapter is for: whoever loads that model "
+            "would get the adapter with it. Give another folder."
+        )
 
 
 def completed(model: Any) -> Any:
