@@ -340,6 +340,12 @@ class Processor(ProcessorMixin):
         self.tokenizer = make_tokenizer()
 
 
+def with_base():
+    """A model with an adapter, and what it was put into."""
+    base = make_model()
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])), base
+
+
 def merged():
     model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
     model.merge_adapter()
@@ -365,6 +371,10 @@ GIVEN = {
     ),
     "processor": ({"processing_class": Processor()}, "got `Processor`.*a processor has it as `processor.tokenizer`"),
     "merged adapter": ({"model": merged(), "ref_model": make_model()}, r"is merged .*`model.unmerge_adapter\(\)`"),
+    "reference of shared weights": (
+        dict(zip(("model", "ref_model"), with_base(), strict=True)),
+        "`ref_model` holds the weight `.*lora_A.*`, which is trained: it would move .* or load the model once more",
+    ),
     "mask as end": (
         {"processing_class": with_token(eos_token="<|mdm_mask|>")},
         "`tokenizer.eos_token` is the mask token .2.",

@@ -61,6 +61,23 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
                 f"`{name}` was compiled (`compile()`): every response runs at its own length, so that nearly every "
                 "forward would be compiled anew. Give a model that is not."
             )
+    _check_adapted(model)
+    if ref_model is not None and not isinstance(model, str):
+        _refuse_shared_reference(model, ref_model)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise TypeError(
+            f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load "
+            "it with `AutoTokenizer.from_pretrained`; a processor has it as `processor.tokenizer`."
+        )
+    if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", ""):
+        raise ValueError(
+            "`processing_class` is required with a model that was made in memory, whose tokenizer cannot be found: "
+            "pass the tokenizer that its token ids come from."
+        )
+
+
+def _check_adapted(model: Any) -> None:
+    """Refuse an adapter that is where it cannot be trained."""
     if not isinstance(model, PeftModel) and getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "`model` has an adapter that transformers put into its layers (`load_adapter`, `add_adapter`, or "
@@ -73,15 +90,17 @@ def check_models(model: Any, ref_model: Any, tokenizer: Any) -> None:
             "The adapter of `model` is merged into the base model: it would get no gradient, and the base model is not "
             "what the adapter was added to. Call `model.unmerge_adapter()`."
         )
-    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
-        raise TypeError(
-            f"`processing_class` must be a tokenizer of transformers or None, got `{type(tokenizer).__name__}`. Load "
-            "it with `AutoTokenizer.from_pretrained`; a processor has it as `processor.tokenizer`."
-        )
-    if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", ""):
+
+
+def _refuse_shared_reference(model: Any, ref_model: Any) -> None:
+    """Refuse a reference of which some weights are those that are trained."""
+    held = {id(parameter) for parameter in ref_model.parameters()}
+    name = next((name for name, p in model.named_parameters() if p.requires_grad and id(p) in held), "")
+    if name and ref_model is not model:  # which TRL refuses
         raise ValueError(
-            "`processing_class` is required with a model that was made in memory, whose tokenizer cannot be found: "
-            "pass the tokenizer that its token ids come from."
+            f"`ref_model` holds the weight `{name}`, which is trained: it would move with the policy, and every reward "
+            "be zero. `peft.get_peft_model` puts its adapter into the model that it is given, so that this is no "
+            "reference. Leave `ref_model` out, or load the model once more."
         )
 
 
