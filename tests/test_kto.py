@@ -531,6 +531,13 @@ def test_evaluation_does_not_depend_on_its_batches(tmp_path, baseline):
     assert found[0]["eval_rewards/margins"] == pytest.approx(means[0] - means[1], rel=1e-4)
 
 
+def test_an_evaluation_set_called_train_is_paired_as_any_other(tmp_path):
+    sets = {"train": make_pairs(5), "other": make_pairs(5)}
+    prepared = make_trainer(tmp_path, baseline="kl", dataset=make_pairs(5), eval_dataset=sets)
+    of_train, of_other = (prepared.eval_dataset[name]["KL_completion_ids"][:] for name in sets)
+    assert of_train == of_other != prepared.train_dataset["KL_completion_ids"][:]
+
+
 def evaluate_and_write(folder, baseline, size):
     trainer = make_trainer(
         folder / "out", make_model(seed=1), ref_model=make_model(seed=2), baseline=baseline, dataset=make_pairs(4),

@@ -100,7 +100,7 @@ class ReferenceMixin(_TRLTrainer):
         """Add the reference values of every set of draws to the rows; a list per row if there are several sets."""
         if not isinstance(dataset, Dataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # TRL refuses it
-        number = self.args.num_reference_draw_sets if name == "train" else 1
+        number = self.args.num_reference_draw_sets if dataset is self.train_dataset else 1
         sets = []
         for draw_set in range(number):
             label = name if number == 1 else f"{name} (draws {draw_set + 1} of {number})"

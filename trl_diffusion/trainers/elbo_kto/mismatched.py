@@ -12,22 +12,21 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 COLUMN = "KL_completion_ids"  # TRL's name, which its collator knows
-_EVALUATED_TOGETHER = 1000  # rows whose completions are exchanged in evaluation, whatever the batches are
+EVALUATED_TOGETHER = 1000  # rows whose completions are exchanged in evaluation, whatever the batches are
 
 
-def with_mismatched_pairs(dataset: Any, name: str, batch_size: int) -> Any:
+def with_mismatched_pairs(dataset: Any, name: str, together: int) -> Any:
     """
     Add a column of mismatched completions.
 
     Args:
         dataset: prepared rows.
-        name: "train", or that of an evaluation set.
-        batch_size: rows of a training batch, among which completions are exchanged.
+        name: of the dataset, for messages.
+        together: rows among which completions are exchanged: those of a training batch, or [`EVALUATED_TOGETHER`].
 
     Raises:
         ValueError: there is a single row, whose prompt has no other completion.
     """
-    together = batch_size if name == "train" else _EVALUATED_TOGETHER
     if not isinstance(dataset, Dataset):
         return dataset.map(_pair, batched=True, batch_size=together)
     if len(dataset) < 2:

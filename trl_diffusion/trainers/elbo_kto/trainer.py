@@ -13,7 +13,7 @@ from . import objective
 from .baselines import BASELINES, NEED_A_BATCH, RunningMeans, Totals
 from .composition import ComposedSampler
 from .config import ELBOKTOConfig
-from .mismatched import with_mismatched_pairs
+from .mismatched import EVALUATED_TOGETHER, with_mismatched_pairs
 from .objective import Rows
 from .running import RunningMeansCallback
 
@@ -88,7 +88,7 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
     # Construction and data
 
     def _before_trl(self, model: Any, ref_model: Any, args: Any, *others: Any) -> Any:
-        self._pairs_mismatched = args.baseline == "kl"
+        self._pairs_mismatched, self._is_next_trained_on = args.baseline == "kl", True
         return super()._before_trl(model, ref_model, args, *others)
 
     @property
@@ -109,7 +109,10 @@ class ELBOKTOTrainer(ELBOTrainerMixin, KTOTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if not self._pairs_mismatched:
             return dataset
-        return with_mismatched_pairs(dataset, dataset_name, args.per_device_train_batch_size)
+        # TRL prepares the training set first, and an evaluation set may be called "train"
+        together = args.per_device_train_batch_size if self._is_next_trained_on else EVALUATED_TOGETHER
+        self._is_next_trained_on = False
+        return with_mismatched_pairs(dataset, dataset_name, together)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
