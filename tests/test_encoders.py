@@ -14,7 +14,7 @@ import torch
 from conftest import make_pairs
 from datasets import Dataset
 from encoders import VOCABULARY, make_encoder, make_encoder_tokenizer, write_encoder
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_head import make_batch, scored
 from transformers import (
@@ -249,6 +249,15 @@ def test_layers_that_have_no_checkpointing(tmp_path):
 def test_dropout_that_is_no_module_is_turned_off(model_type):
     """That of attention in stock classes: after TRL's step, which is for modules, and this one nothing is random."""
     model = make_encoder(model_type, attention_dropout=0.5, attention_probs_dropout_prob=0.5).train()
+    assert_silenced(model)
+
+
+def test_dropout_of_adapters_is_turned_off():
+    config = LoHaConfig(r=2, rank_dropout=0.5, module_dropout=0.5, init_weights=False, target_modules=["query"])
+    assert_silenced(get_peft_model(make_encoder("bert", hidden_dropout_prob=0.0), config).train())
+
+
+def assert_silenced(model):
     ids = torch.arange(9, 25).unsqueeze(0)
     logits = lambda: model(input_ids=ids).logits  # noqa: E731
     with torch.no_grad():
