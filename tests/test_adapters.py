@@ -221,6 +221,16 @@ def test_several_active_adapters(tmp_path):
         make_trainer(tmp_path, model)
 
 
+@pytest.mark.parametrize("adapter", ["LoRA, head saved", "LoRA, tokens", "IA3"])
+def test_a_trainer_that_failed_leaves_no_copy(tmp_path, adapter):
+    model = ready_made(adapter)
+    before = logits(model)
+    with pytest.raises(ValueError, match="No row of the train dataset can be used"):
+        make_trainer(tmp_path, model, max_length=3)
+    assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+    make_trainer(tmp_path, model)
+
+
 def test_the_copy_of_a_trainer_before_is_named(tmp_path):
     model = ready_made("LoRA")
     make_trainer(tmp_path, model)

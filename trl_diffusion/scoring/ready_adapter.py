@@ -33,13 +33,14 @@ class ReadyAdapter:
         self._values = {}
         if is_quantised(model):
             self._values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        self._name = model.active_adapters[0]
+        self._name, self._copies = model.active_adapters[0], list[str]()
         model.peft_config.setdefault("default", model.peft_config[self._name])  # where TRL looks
         model.add_adapter = self._add_copy
 
     def _add_copy(self, name: str, config: PeftConfig) -> None:
         self._remove_alias()
         add_copy(self.model, config, name, self._name)
+        self._copies.append(name)
 
     def _remove_alias(self) -> None:
         if self._name != "default":
@@ -53,6 +54,11 @@ class ReadyAdapter:
             if name in self._values:
                 parameter.data = self._values[name].to(parameter.device)
         self._values = {}
+
+    def undo(self) -> None:
+        """Take the copy away again."""
+        while self._copies:
+            self.model.delete_adapter(self._copies.pop())
 
 
 def take_over(model: Any, dtype: str) -> ReadyAdapter | None:

@@ -92,15 +92,16 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
             check_reference_of_adapters(model, ref_model, peft_config)
         check_datasets(args, train_dataset, eval_dataset, self._row_forms, self._reference_columns)
         ref_model, processing_class = self._before_trl(model, ref_model, args, processing_class, peft_config)
-        with self._inside_trl():
-            super().__init__(
-                *(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class),
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
-        self._after_trl()
+        with self._or_undone():
+            with self._inside_trl():
+                super().__init__(
+                    *(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class),
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                )
+            self._after_trl()
 
     def _default_arguments(self, model: Any) -> Any:
         name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -148,6 +149,16 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         finally:
             if self._ready_adapter:
                 self._ready_adapter.release()
+
+    @contextmanager
+    def _or_undone(self) -> Iterator[None]:
+        """A trainer that is not completed leaves no reference in the user's model, which the next would refuse."""
+        try:
+            yield
+        except BaseException:
+            if self._ready_adapter:
+                self._ready_adapter.undo()
+            raise
 
     def _after_trl(self) -> None:
         """A trainer that is complete: checked, and with the callbacks that watch its run."""
