@@ -153,8 +153,12 @@ def trained(kind, path, out, peft_config=None, dataset=None, **options):
 
 
 def test_trained_by_path_with_an_adapter_that_others_can_use(name, path, tmp_path):
-    """Names and numbers: the adapter on the class of transformers, without this package, is what was trained."""
-    trainer = trained(DiffusionVRPOTrainer, path, tmp_path / "out", LoraConfig(r=2), max_steps=2)
+    """
+    Names and numbers: the adapter on the class of transformers, without this package, is what was trained. Its task is
+    that of most examples, which PEFT has no place for in an encoder.
+    """
+    adapter = LoraConfig(r=2, task_type="CAUSAL_LM")
+    trainer = trained(DiffusionVRPOTrainer, path, tmp_path / "out", adapter, max_steps=2)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     trainer.save_model(tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from ..models.families import class_to_load
-from ..scoring.adapters import with_fitting_targets
+from ..scoring.adapters import fitted
 
 # bitsandbytes' 4-bit format: weights per scale, scales per scale of scales, entries of the codes of both
 _BLOCK, _NESTED_BLOCK, _CODE, _NESTED_CODE = 64, 256, 16, 256
@@ -40,7 +40,7 @@ def without_memory(
         if peft_config is None:
             return model
         # A copy: PEFT writes the model's name into it
-        return get_peft_model(model, with_fitting_targets(model, copy.deepcopy(peft_config)))
+        return get_peft_model(model, fitted(model, copy.deepcopy(peft_config)))
 
 
 def _pack(module: Any, dtype: torch.dtype) -> None:

@@ -26,13 +26,13 @@ def fitting_get_peft_model(
     get_peft_model: Callable[..., PeftModel], revision: str | None = None
 ) -> Callable[..., PeftModel]:
     """
-    Wrap `peft.get_peft_model` so that target modules default to the family's, and are checked, and that the adapter
-    says of which `revision` its base model is, which is loaded with it later.
+    Wrap `peft.get_peft_model` so that an adapter's configuration is [`fitted`] to the model, and that the adapter says
+    of which `revision` its base model is, which is loaded with it later.
     """
 
     def get_fitting_peft_model(model: PreTrainedModel, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> PeftModel:
         kwargs |= {"revision": revision} if revision else {}
-        return get_peft_model(model, with_fitting_targets(model, peft_config), *args, **kwargs)
+        return get_peft_model(model, fitted(model, peft_config), *args, **kwargs)
 
     return get_fitting_peft_model
 
@@ -147,7 +147,16 @@ def _refuse_missing_targets(model: PreTrainedModel, peft_config: PeftConfig) -> 
     )
 
 
-def with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
+def fitted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
+    """An adapter's configuration for a model: with a task that its class has, and its family's target modules."""
+    generates = peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # as in most examples of LoRA
+    if generates and not hasattr(model, "prepare_inputs_for_generation"):  # of which PEFT would make a part of its own
+        peft_config = copy.copy(peft_config)
+        peft_config.task_type = None
+    return _with_fitting_targets(model, peft_config)
+
+
+def _with_fitting_targets(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
     """
     The adapter's configuration with `target_modules` filled in from the family if there are none and it needs linear
     layers.

@@ -75,11 +75,12 @@ class DiffusionVRPOTrainer(ELBOTrainerMixin, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """
-        VRPO eqs. 7-8, with B the ELBO estimates of the chosen response w and the rejected l:
+        VRPO eqs. 7-8, with B the ELBO estimates (eqs. 5-6) of the chosen response w and the rejected l:
 
             s_hat = beta * [B(w) - B_ref(w)] - beta * [B(l) - B_ref(l)],    loss = -log sigmoid(s_hat)
 
-        That is TRL's DPO loss of what it asks `on_draws` for; other values of `loss_type` replace the second equation.
+        B is what TRL asks `on_draws` for, in place of log-probabilities, and B_ref what `_with_reference` puts where it
+        reads those of a reference. The rest is TRL's DPO loss; other values of `loss_type` replace the second equation.
         Policy and reference meet the draws of a nonce each, which are one where draws are shared.
         """
         mode = "train" if self.model.training else "eval"
