@@ -3,6 +3,8 @@
 import json
 import shlex
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +182,33 @@ def test_missing_options_are_named(capsys, tmp_path, monkeypatch, arguments, mes
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_what_is_pushed_to_the_hub(tmp_path, capsys, monkeypatch, checkpoint):
+    """The adapter, its tokenizer and a card, which names nothing of this machine; to a hub that is none."""
+    pushed = {}
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            files = [file for file in Path(folder_path).iterdir() if file.is_file()]
+            pushed[repo_id] = {file.name: file.read_bytes() for file in files}
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    rows = {"prompt": ["what is one "], "chosen": ["one"], "rejected": ["six"]}
+    Dataset.from_dict(rows).to_json(tmp_path / "data" / "train.jsonl")
+    options = {"model_name_or_path": checkpoint, "dataset_name": tmp_path / "data", "output_dir": tmp_path / "out"}
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    given += ["--use_peft", "--max_steps", "1", "--save_strategy", "no", "--report_to", "none", *ON_THE_CPU]
+    assert main(["vrpo", *given, "--push_to_hub", "--hub_model_id", "me/aligned"]) == 0
+    assert "Model pushed to https://huggingface.co/me/aligned." in capsys.readouterr().out
+    files = pushed["me/aligned"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= {*files}
+    card = files["README.md"].decode()
+    assert "generate(model, " in card and "me/aligned" in card
+    assert str(tmp_path) not in card and "\ndatasets:" not in card
 
 
 def test_one_value_of_a_list_in_a_yaml_file(tmp_path):

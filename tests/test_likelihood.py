@@ -11,6 +11,7 @@ from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from oracles import subsets
 from peft import LoraConfig, get_peft_model
+from processes import run_forked
 from test_decoders import FOLDERS
 from test_tokens import ADDED, adding
 
@@ -197,6 +198,8 @@ def test_equal_texts_have_masks_of_their_own():
         (["say hi"], {"order": "random"}, ValueError, "`order='random'` is for `method='chain_rule'`"),
         (["say hi"], {"method": "chain_rule", "stratify": False}, ValueError, "'chain_rule'` says itself how masks"),
         (["say hi"], {"max_length": 0}, ValueError, "`max_length` must be None or a whole number of at least 1, got 0"),
+        (["say hi"], {"num_mc_samples": "many"}, ValueError, "`num_mc_samples` must be a whole number, got 'many'"),
+        (["say hi"], {"seed": None}, ValueError, "`seed` must be a whole number, got None"),
         (["say hi"], {"draws_per_forward": 0}, ValueError, "`draws_per_forward` must be None or a whole number"),
         (["say hi"], {"max_length": 1, "tokenizer": "a beginning"}, ValueError, "Text 0 has 1 tokens before the first"),
         (["say hi", None], {}, ValueError, "`text` of text 1 is no text but 'None'"),
@@ -265,6 +268,20 @@ def test_a_likelihood_in_blocks_is_the_sum_of_theirs(name):
 
 
 # What is kept
+
+
+def score_in_a_process(folder):
+    score(num_mc_samples=4, output_dir=str(folder / "kept"))
+
+
+def test_two_processes_score_the_rows_of_one(tmp_path):
+    assert run_forked(score_in_a_process, tmp_path, processes=2, folder=tmp_path) == [0, 0], [
+        path.read_text()[-2000:] for path in tmp_path.glob("rank*.log")
+    ]
+    lines = [path.read_text().splitlines()[1:] for path in (tmp_path / "kept").glob("likelihood-*")]
+    assert sorted(map(len, lines)) == [1, 2]
+    kept, alone = score(num_mc_samples=4, output_dir=str(tmp_path / "kept")), score(num_mc_samples=4)
+    assert (kept.nats, kept.standard_error, kept.bytes) == (alone.nats, alone.standard_error, alone.bytes)
 
 
 def test_an_interrupted_call_goes_on(tmp_path, monkeypatch):

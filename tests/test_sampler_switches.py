@@ -199,6 +199,10 @@ def test_block_diffusion_models_sample_so_too(name):
         ({"confidence_threshold": 0.9, "remasking": "entropy"}, "`remasking` at 'low_confidence'"),
         ({"confidence_eos_eot_inf": True, "remasking": "random"}, "orders by confidence"),
         ({"logits_eos_inf": 1}, "`logits_eos_inf` must be True or False, got 1"),
+        (
+            {"logits_eos_inf": True, "eos_token_id": []},
+            "`logits_eos_inf=True` goes by `eos_token_id`, and there is none",
+        ),
     ],
 )
 def test_switches_that_do_not_go_together_are_refused(arguments, message):

@@ -145,6 +145,9 @@ def prepared(
     for name, value in {"max_length": max_length, "draws_per_forward": draws_per_forward}.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` must be None or a whole number of at least 1, got {value!r}.")
+    for name, value in {"num_mc_samples": num_mc_samples, "seed": seed}.items():
+        if not isinstance(value, int):
+            raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
     if method != "chain_rule":
         drawing |= {"num_mc_samples": num_mc_samples, **LOSSES.get(method, scheme)}
     facts = {"drawing": drawing, "cfg_scale": cfg_scale, "enumerates": method == "elbo"}

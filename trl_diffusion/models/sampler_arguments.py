@@ -199,7 +199,11 @@ def read_arguments(
     _refuse_unknown(given, known)
     arguments = SamplerArguments(**{name: given[name] for name in known if name in given})
     _check_family(arguments, family, config)
-    return arguments, _tokens(given, config, family.mask_token_id)
+    tokens = _tokens(given, config, family.mask_token_id)
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
+        if getattr(arguments, name) and not tokens.ends:
+            raise ValueError(f"`{name}=True` goes by `eos_token_id`, and there is none: pass it.")
+    return arguments, tokens
 
 
 def _check_family(arguments: SamplerArguments, family: Family, config: PreTrainedConfig) -> None:

@@ -32,7 +32,9 @@ def write_model_card(
     model = model.get_base_model() if is_peft_model(model) else model
     model_name = model_name or folder.name
     base_model = getattr(trainer.model.config, "_name_or_path", "")
-    base_model = base_model if base_model and not Path(base_model).is_dir() else None
+    base_model, dataset_name = (  # the hub takes names of its own only
+        name if name and not Path(name).exists() else None for name in (base_model, dataset_name)
+    )
     tags = [*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
     card = ModelCard.from_template(
         ModelCardData(
