@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import test_kto
+import test_sft
 import torch
 from conftest import make_model, make_pairs, make_tokenizer
 from datasets import Dataset
@@ -150,6 +151,23 @@ def test_the_base_of_an_adapter_that_came_with_the_model(tmp_path, caplog):
         assert entry["eval_reward_base"] == pytest.approx(sum(expected) / 3)
         trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
         assert trained and not any(".ref." in name for name in trained)
+
+
+def test_the_base_of_imitation_from_an_adapter(tmp_path, caplog):
+    """Is the model as it came, of which a resumed run has no copy, and says so."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    for start in (None, str(tmp_path / "checkpoint-1")):
+        torch.manual_seed(0)
+        adapted = get_peft_model(make_model(), LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM"))
+        expected = rewards_of(adapted)
+        trainer = test_sft.make_trainer(tmp_path, adapted, **options)
+        trainer.add_callback(WinRateCallback(trainer, PROMPTS, letters, freq=2, max_new_tokens=6))
+        with caplog.at_level(logging.WARNING):
+            trainer.train(resume_from_checkpoint=start)
+        if start is None:
+            (entry,) = [entry for entry in trainer.state.log_history if "eval_win_rate" in entry]
+            assert entry["eval_reward_base"] == pytest.approx(sum(expected) / 3)
+        assert ("is against the model that was resumed" in caplog.text) == (start is not None)
 
 
 def test_it_looks_at_each_evaluation(tmp_path, caplog):

@@ -107,6 +107,11 @@ def test_arguments_that_have_no_meaning(tmp_path, options, message):
         sample_pairs(make_model(), make_tokenizer(), ["say hi"], length, output_dir=str(tmp_path), **options)
 
 
+def test_a_batch_of_no_prompt():
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        compare_sampling(make_model(), make_tokenizer(), ["say hi"], {"a": {}}, batch_size=0)
+
+
 def test_a_seed_of_one_setting():
     with pytest.raises(ValueError, match="`seed=1` is not taken here"):
         compare_sampling(make_model(), make_tokenizer(), ["say hi"], {"a": {"seed": 1}}, max_new_tokens=4)
