@@ -5,9 +5,17 @@ Small SDARs that are pre-trained on a CPU, by the block ELBO.
 So rows of one prompt length and one length are run together here, without padding.
 """
 
+import random
+import sys
+from pathlib import Path
+
+import grammar_text
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import word_problems
 
 from trl_diffusion import draw_masks
 from trl_diffusion.estimators.elbo import noise_inputs
@@ -15,6 +23,8 @@ from trl_diffusion.models import SDARConfig
 from trl_diffusion.models.blocks import doubled
 from trl_diffusion.models.families import blocks_of
 from trl_diffusion.models.logits import hidden_states, logits_of
+
+STORIES, STEPS, TOKENS_PER_STEP = (24, 32, 48, 64, 96), 600, 1024  # words, the short ones first
 
 
 def make_sdar(tokenizer: PreTrainedTokenizerBase, block: int, width: int, layers: int, longest: int):
@@ -42,3 +52,18 @@ def block_loss(model, ids: torch.Tensor, prompt: int, seed: int) -> torch.Tensor
     hidden = hidden_states(model, rows, **doubled(model, numbers, first, last, clean))[:, clean:]
     nll = nn.functional.cross_entropy(logits_of(model, hidden[masked]), copied[masked], reduction="none")
     return (nll * draws.weight[0, :, first:][masked]).sum() / maskable.sum()
+
+
+def pretrain_on_stories(block: int, seed: int):
+    """The tokenizer of `grammar_text.py`, and an SDAR that tells its stories."""
+    torch.manual_seed(seed)
+    tokenizer, rng = grammar_text.make_tokenizer(), random.Random(seed)
+    model = make_sdar(tokenizer, block, width=96, layers=2, longest=160)
+
+    def loss_of(step: int) -> torch.Tensor:
+        length = rng.choice(STORIES[: 2 + round(3 * min(1.0, 2 * step / STEPS))])
+        ids, prompt = grammar_text.make_batch(tokenizer, length, TOKENS_PER_STEP // (length + 22), rng)
+        return block_loss(model, ids, prompt, step)
+
+    word_problems.train(model, loss_of, STEPS, decay=0.01, label="pre-training on stories")
+    return tokenizer, model

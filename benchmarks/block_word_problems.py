@@ -6,7 +6,7 @@ Block diffusion on the whole way: a small SDAR is pre-trained, aligned on pairs 
     python benchmarks/block_word_problems.py --report
 
 The task and the settings of the alignment are those of the demo (`examples/demo.py`); the model has blocks of four
-tokens, and answers block by block. Finished stages and starts are kept in `runs/block_word_problems`. About four
+tokens, and answers block by block. Finished stages and starts are kept in `runs/block_word_problems`. About five
 minutes of a core for a start.
 """
 

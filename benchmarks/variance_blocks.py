@@ -1,15 +1,15 @@
 """
 Which estimators pay inside blocks: variance over that of fixed counts at equal forwards, for blocks of 4 and 32 tokens.
 
-    python benchmarks/block_word_problems.py --seeds 0   # makes the model with blocks of four
-    python benchmarks/variance_blocks.py                 # makes the one with blocks of 32; some ten minutes in all
+    python benchmarks/block_word_problems.py --seeds 0   # makes a model of the sums, and pairs
+    python benchmarks/variance_blocks.py                 # makes the others; some ten minutes of a core in all
     python benchmarks/variance_blocks.py --report        # only print what is finished
 
-Blocks of 4: `block_word_problems.py`, pairs of the model's own answers. Blocks of 32: stories of 96 words
+Sums: the task of `block_word_problems.py`, and pairs of its model's own answers. Stories: of 96 words
 (`grammar_text.py`). Policies are the reference after some steps of VRPO with all weights trained, as in
 `variance_regimes.py`, and the pairs were not trained on. Blocks are drawn for independently, so that a variance is the
-sum of those of blocks. One forward scores a mask of every block, and a block of four has fifteen: they are all scored,
-and repeats are look-ups. Of the larger blocks the masks that were drawn are scored.
+sum of those of blocks. One forward scores a mask of every block. A block of four has fifteen: they are all scored, and
+repeats are look-ups; of larger blocks the masks that were drawn are scored.
 
 Score: the difference of log-ratios of a pair, in nats. Gradient: that of the difference of the two ELBOs with respect
 to the output head, sketched (`variance_tables.py`), the trace of its covariance. Ratios are of means over pairs, with
@@ -19,23 +19,20 @@ to the output head, sketched (`variance_tables.py`), the trace of its covariance
 import argparse
 import json
 import random
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import block_word_problems
-import grammar_text
 import torch
 import variance_report
-from block_models import block_loss, make_sdar
+from block_models import pretrain_on_stories
 from counters import machine
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from variance_estimators import as_batch
 from variance_regimes import POLICIES, SEED, story_pair, train_policy
 from variance_tables import Sketch, Table, distinct, mask_key
-from word_problems import train
 
 from trl_diffusion import ControlVariate, MaskDraws, MaskSampler
 from trl_diffusion.estimators.cells import find_cells
@@ -43,15 +40,14 @@ from trl_diffusion.models import blocks as passes
 from trl_diffusion.models.families import blocks_of
 
 ROOT = Path("runs/variance_blocks")
-TASKS = {"sums": 4, "stories": 32}  # tokens of a block
-SIZES = {"sums": (24, 100), "stories": (12, 16)}  # pairs and repeats
-STORY, LENGTHS, STEPS = 96, (24, 32, 48, 64, 96), 600
-TOKENS_PER_STEP = 1024
+# By task and tokens of a block: pairs and repeats
+CELLS = {("sums", 4): (24, 100), ("stories", 4): (12, 60), ("stories", 32): (12, 16)}
+STORY = 96  # words
 MIRROR = {"scheme": "mirror", "stratify": True}
 COUPLED = {**MIRROR, "couple_pairs": True}
 # Spelled out: what is measured is the same whatever the defaults are
-SHORT = {"control_variate": ControlVariate(bandwidth=0.25, ridge=1.0)}
-LONG = {"control_variate": ControlVariate(bandwidth=0.5, ridge=0.3)}
+NARROW = {"control_variate": ControlVariate(bandwidth=0.25, ridge=1.0)}
+WIDE = {"control_variate": ControlVariate(bandwidth=0.5, ridge=0.3)}
 PAPER = "fixed counts (the VRPO paper)"
 DEFAULT = "the default"  # goes by the tokens of a block
 ESTIMATORS = {
@@ -59,14 +55,14 @@ ESTIMATORS = {
     "fixed counts, stratified": {"scheme": "fixed_count", "stratify": True},
     "mirror": {"scheme": "mirror"},
     "mirror, stratified": MIRROR,
-    "mirror, stratified, control of short ones": {**MIRROR, **SHORT},
-    "mirror, stratified, control of long ones": {**MIRROR, **LONG},
+    "mirror, stratified, narrow control": {**MIRROR, **NARROW},
+    "mirror, stratified, wide control": {**MIRROR, **WIDE},
     "mirror, stratified, coupled": COUPLED,
-    "coupled, control of short ones": {**COUPLED, **SHORT},
-    "coupled, control of long ones": {**COUPLED, **LONG},
-    "coupled, control of short ones, a = 0.75": {**COUPLED, **SHORT, "level_concentration": 0.75},
-    "coupled, control of long ones, a = 0.75": {**COUPLED, **LONG, "level_concentration": 0.75},
-    "coupled, control of long ones, a = 0.5": {**COUPLED, **LONG, "level_concentration": 0.5},
+    "coupled, narrow control": {**COUPLED, **NARROW},
+    "coupled, wide control": {**COUPLED, **WIDE},
+    "coupled, narrow control, a = 0.75": {**COUPLED, **NARROW, "level_concentration": 0.75},
+    "coupled, wide control, a = 0.75": {**COUPLED, **WIDE, "level_concentration": 0.75},
+    "coupled, wide control, a = 0.5": {**COUPLED, **WIDE, "level_concentration": 0.5},
 }
 DRAWS = (2, 4, 8)
 WHOLE = ", whole blocks"
@@ -76,12 +72,15 @@ ROWS_AT_ONCE = 64
 # --- models and pairs ------------------------------------------------------------------------------------------------
 
 
-def build(task: str, root: Path, sums: Path) -> Path:
+def build(task: str, block: int, root: Path, sums: Path) -> Path:
     """Reference, policies and held-out pairs of a task, made unless they are there."""
-    folder = root / task
+    folder, number = root / f"{task}-{block}", CELLS[task, block][0]
+    if not (folder / "reference" / "config.json").exists():
+        tokenizer, model = _model_of_sums(sums) if task == "sums" else pretrain_on_stories(block, SEED)
+        tokenizer.save_pretrained(folder / "reference")
+        model.save_pretrained(folder / "reference")
     if not (folder / "heldout.jsonl").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        training, heldout = _pairs_of_sums(folder, sums) if task == "sums" else _pairs_of_stories(folder)
+        training, heldout = _pairs_of_sums(sums, number) if task == "sums" else _pairs_of_stories(number)
         training.to_json(folder / "training.jsonl")
         heldout.to_json(folder / "heldout.jsonl")
     for name, (steps, learning_rate) in POLICIES[task].items():
@@ -90,36 +89,22 @@ def build(task: str, root: Path, sums: Path) -> Path:
     return folder
 
 
-def _pairs_of_sums(folder: Path, sums: Path) -> tuple[Dataset, Dataset]:
+def _model_of_sums(sums: Path) -> tuple:
     made = block_word_problems.prepare(sums / f"seed-{SEED}", SEED)
-    shutil.copytree(sums / f"seed-{SEED}" / "base", folder / "reference", dirs_exist_ok=True)
-    pairs, held_out = made["pairs"], SIZES["sums"][0]
-    return pairs.select(range(held_out, len(pairs))), pairs.select(range(held_out))
+    return made["tokenizer"], made["model"]
 
 
-def _pairs_of_stories(folder: Path) -> tuple[Dataset, Dataset]:
-    if not (folder / "reference" / "config.json").exists():
-        _pretrain_on_stories(folder / "reference")
+def _pairs_of_sums(sums: Path, number: int) -> tuple[Dataset, Dataset]:
+    pairs = block_word_problems.prepare(sums / f"seed-{SEED}", SEED)["pairs"]
+    return pairs.select(range(number, len(pairs))), pairs.select(range(number))
+
+
+def _pairs_of_stories(number: int) -> tuple[Dataset, Dataset]:
     rng, kinds = random.Random(SEED + 1), ("edit", "other")
-    training = [story_pair(rng, rng.choice(LENGTHS[:4]), kinds[i % 2]) for i in range(192)]
-    heldout = [story_pair(rng, STORY, kinds[i % 2]) for i in range(SIZES["stories"][0])]
+    training = [story_pair(rng, rng.choice((24, 32, 48, 64)), kinds[i % 2]) for i in range(192)]
+    heldout = [story_pair(rng, STORY, kinds[i % 2]) for i in range(number)]
     columns = ["prompt", "chosen", "rejected"]
     return Dataset.from_list(training).select_columns(columns), Dataset.from_list(heldout).select_columns(columns)
-
-
-def _pretrain_on_stories(folder: Path) -> None:
-    torch.manual_seed(SEED)
-    tokenizer, rng = grammar_text.make_tokenizer(), random.Random(SEED)
-    model = make_sdar(tokenizer, TASKS["stories"], width=96, layers=2, longest=160)
-
-    def loss_of(step: int) -> torch.Tensor:
-        length = rng.choice(LENGTHS[: 2 + round(3 * min(1.0, 2 * step / STEPS))])
-        ids, prompt = grammar_text.make_batch(tokenizer, length, TOKENS_PER_STEP // (length + 22), rng)
-        return block_loss(model, ids, prompt, step)
-
-    train(model, loss_of, STEPS, decay=0.01, label="pre-training on stories")
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
 
 
 # --- one pair --------------------------------------------------------------------------------------------------------
@@ -223,9 +208,9 @@ def variances(blocks: list[OfBlock]) -> dict[str, float]:
     return {"score": sum(block.score.var().item() for block in blocks), "gradient": of_gradient}
 
 
-def measure(task: str, folder: Path, path: Path) -> None:
-    """All pairs of a task that are not in `path` yet, under both policies."""
-    _, repeats = SIZES[task]
+def measure(task: str, block: int, folder: Path, path: Path) -> None:
+    """All pairs that are not in `path` yet, under both policies."""
+    _, repeats = CELLS[task, block]
     tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
     models = {
         name: AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("reference", *POLICIES[task])
@@ -234,7 +219,7 @@ def measure(task: str, folder: Path, path: Path) -> None:
     sketch = Sketch(reference.config.vocab_size, reference.config.hidden_size)
     done = {(row["regime"], row["pair"]) for row in variance_report.read(path)}
     for number, texts in enumerate(map(json.loads, (folder / "heldout.jsonl").read_text().splitlines())):
-        names = {name: f"{TASKS[task]} {name}" for name in models}
+        names = {name: f"{task}, {block}, {name}" for name in models}
         if all((regime, number) in done for regime in names.values()):
             continue
         start, end = time.monotonic(), [tokenizer.eos_token_id]
@@ -250,9 +235,9 @@ def measure(task: str, folder: Path, path: Path) -> None:
         masks = [distinct(parts[cell][0] for parts in drawn.values()) for cell in range(len(pair.sizes))]
         for name, tables in pair.score(models, reference, masks, sketch).items():
             read = {key: list(pair.read(tables, parts).values()) for key, parts in drawn.items()}
-            for which, least in (("", 0), (WHOLE, TASKS[task])):
+            for which, least in (("", 0), (WHOLE, block)):
                 cells = {
-                    f"{key}|{draws}": variances([block for block in blocks if block.size >= least])
+                    f"{key}|{draws}": variances([part for part in blocks if part.size >= least])
                     for (key, draws), blocks in read.items()
                 }
                 single = cells.pop(f"{PAPER}|1")
@@ -263,10 +248,9 @@ def measure(task: str, folder: Path, path: Path) -> None:
 
 
 def tables(rows: list[dict]) -> str:
-    regimes = [f"{size} {policy}" for task, size in TASKS.items() for policy in POLICIES[task]]
-    groups = {regime + which: [] for which in ("", WHOLE) for regime in regimes}
-    for row in rows:
-        groups[row["regime"]].append(row)
+    regimes = [f"{task}, {block}, {policy}" for task, block in CELLS for policy in POLICIES[task]]
+    regimes += [regime + WHOLE for regime in regimes if ", 32, " in regime]
+    groups = {regime: [row for row in rows if row["regime"] == regime] for regime in regimes}
     groups = {name: group for name, group in groups.items() if group}
     parts = []
     for quantity in ("score", "gradient"):
@@ -279,7 +263,7 @@ def tables(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--blocks", nargs="+", default=[f"{task}-{block}" for task, block in CELLS])
     parser.add_argument("--output_dir", type=Path, default=ROOT)
     parser.add_argument("--sums", type=Path, default=block_word_problems.ROOT, help="where the model of the sums is")
     parser.add_argument("--report", action="store_true", help="only print what is finished")
@@ -287,8 +271,9 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / "results.jsonl"
-    for task in () if arguments.report else arguments.tasks:
-        measure(task, build(task, arguments.output_dir, arguments.sums), path)
+    for task, block in () if arguments.report else CELLS:
+        if f"{task}-{block}" in arguments.blocks:
+            measure(task, block, build(task, block, arguments.output_dir, arguments.sums), path)
     print(tables(variance_report.read(path)))
     print(f"\n({machine()})")
 

@@ -158,7 +158,7 @@ def test_look_ups_of_blocks_add_up_to_the_elbo_and_its_gradient(size):
     tokenizer = word_problems.make_word_tokenizer(["a", "b"])
     policy, reference = (make_sdar(tokenizer, size, 32, 1, 64).eval() for _ in range(2))
     pair = variance_blocks.Pair(policy.config, [1, 3, 3] * 13, [[3, 1, 4, 3, 1, 5, 0], [3, 3, 1, 0]])
-    sampler, repeats = MaskSampler(4, **variance_blocks.ESTIMATORS["coupled, control of long ones, a = 0.75"]), 3
+    sampler, repeats = MaskSampler(4, **variance_blocks.ESTIMATORS["coupled, wide control, a = 0.75"]), 3
     drawn, sketch = pair.draw(sampler, repeats), tables.Sketch(len(tokenizer), 32)
     masks = [tables.distinct([masked]) for masked, _ in drawn]
     scored = pair.score({"policy": policy}, reference, masks, sketch)["policy"]

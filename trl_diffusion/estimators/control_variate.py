@@ -31,8 +31,10 @@ import torch
 from .levels import is_long
 
 LARGEST_KAPPA = 2
-# Of short and of long responses, see docs/choosing-an-estimator.md
-_BANDWIDTHS, _RIDGES = (0.25, 0.5), (1.0, 0.3)
+# Fewer tokens, as blocks of block diffusion have: each is hidden in most draws, so its own guess is soon the better
+TINY = 8
+# Of responses, or of blocks, that are tiny or long, and of those between: see docs/choosing-an-estimator.md
+_BANDWIDTHS, _RIDGES = (0.5, 0.25), (0.3, 1.0)
 _NOTHING = 1e-200  # witnesses whose inverse would leave the range of float64
 
 
@@ -45,9 +47,9 @@ class ControlVariate:
         kappa: how much of what is expected of the hidden tokens is taken off. 0 is none; more than 1 makes up for a
             large ridge.
         bandwidth: how near in mask level another draw has to be to count as a witness; levels lie in (0, 1]. None is
-            0.25 for responses of less than thirty tokens and 0.5 for others.
-        ridge: how many witnesses the average token weighs as much as, in the guess of a single token. None is 1 for
-            responses of less than thirty tokens and 0.3 for others.
+            0.25 for responses, and for blocks of block diffusion, of 8 to 29 tokens, and 0.5 for others.
+        ridge: how many witnesses the average token weighs as much as, in the guess of a single token. None is 1 where
+            the bandwidth is 0.25, and 0.3 for others.
     """
 
     kappa: float = 1.0
@@ -63,12 +65,12 @@ class ControlVariate:
                 raise ValueError(f"`{name}` must be positive and finite, or None, got {value}.")
 
     def of_rows(self, num_maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bandwidth and ridge `(B,)` float64 of responses of L' `(B,)` tokens."""
-        long = is_long(num_maskable)
+        """Bandwidth and ridge `(B,)` float64 of responses, or blocks, of L' `(B,)` tokens."""
+        wide = is_long(num_maskable) | (num_maskable < TINY)
 
-        def choose(value: float | None, short_one: float, long_one: float) -> torch.Tensor:
-            values = (long_one, short_one) if value is None else (value, value)
-            return torch.where(long, *values).double()
+        def choose(value: float | None, wide_one: float, narrow_one: float) -> torch.Tensor:
+            values = (wide_one, narrow_one) if value is None else (value, value)
+            return torch.where(wide, *values).double()
 
         return choose(self.bandwidth, *_BANDWIDTHS), choose(self.ridge, *_RIDGES)
 
