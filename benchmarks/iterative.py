@@ -1,7 +1,7 @@
 """
 Three rounds of VRPO next to one at equal compute: as many answers sampled, and as many forwards in training.
 
-    python benchmarks/iterative.py --seeds 1000 1001
+    python benchmarks/iterative.py --seeds 2000 2001
     python benchmarks/iterative.py --report
 
 One round is the demo, on the base models and pairs of the starts of `demo_starts.py`. Three rounds are
@@ -83,4 +83,4 @@ def report(done: dict[tuple[str, int], dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_cells(__doc__, list(ARMS), range(1000, 1004), "iterative.jsonl", run_cell, report)
+    run_cells(__doc__, list(ARMS), range(2000, 2008), "iterative.jsonl", run_cell, report)

@@ -23,7 +23,6 @@ accelerate launch --config_file examples/accelerate_configs/single_gpu.yaml exam
     --gradient_accumulation_steps 4 \
     --batch_composition balanced \
     --max_length 1024 \
-    --num_mc_samples 8 \
     --output_dir LLaDA-8B-KTO
 ```
 

@@ -21,7 +21,6 @@ accelerate launch --config_file examples/accelerate_configs/single_gpu.yaml exam
     --per_device_train_batch_size 1 \
     --gradient_accumulation_steps 16 \
     --max_length 1024 \
-    --num_mc_samples 8 \
     --loss_type sigmoid sft \
     --loss_weights 1.0 0.05 \
     --output_dir LLaDA-8B-VRPO

@@ -66,7 +66,7 @@ def estimate_memory(
     max_length: int = 1024,
     response_length: int | None = None,
     num_responses: int = 2,
-    num_mc_samples: int = 8,
+    num_mc_samples: int = 4,
     draws_per_forward: int | None = None,
     peft_config: Any = None,
     quantization_config: Any = None,

@@ -29,7 +29,7 @@ class ELBOArguments:
     }
 
     num_mc_samples: int = field(
-        default=8,
+        default=4,
         metadata={
             "help": "Number of mask draws per response in one estimate of its ELBO (K). Cost grows linearly with it, "
             "memory does not."
