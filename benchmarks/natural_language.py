@@ -1,7 +1,7 @@
 """
 How noisy the preference score and its gradient are on natural English, under each estimator and law of levels.
 
-    python benchmarks/natural_language.py            # about half an hour of one core, some minutes for the models
+    python benchmarks/natural_language.py            # about twelve minutes of one core, with the models
     python benchmarks/natural_language.py --report   # only print what is finished
     python benchmarks/natural_language.py --regimes "B32 near" "B64 far"    # besides, these settings of `variance.py`
 
