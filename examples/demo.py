@@ -155,9 +155,10 @@ def align(folder: Path, output: Path, act: Act = VRPO, **changes) -> list[dict]:
     options |= {"output_dir": output, "model_name_or_path": folder / "base", "dataset_name": folder / act.data}
     begin_or_go_on(output, options, (folder / "made_by").read_text())
     if not (output / "trainer_state.json").exists():
-        if any(output.glob("checkpoint-*")):
+        done = max((int(path.name.partition("-")[2]) for path in output.glob("checkpoint-*")), default=0)
+        if done:
             options["resume_from_checkpoint"] = True
-        run_script(act.script, options, output / "training.log")
+        run_script(act.script, options, output / "training.log", done)
         shutil.rmtree(output / f"checkpoint-{options['max_steps']}", ignore_errors=True)
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
@@ -174,14 +175,14 @@ def begin_or_go_on(output: Path, options: dict, made_by: str) -> None:
 SHOWN = {"loss": "loss", "reward margin": "rewards/margins", "reward accuracy": "rewards/accuracies"}
 
 
-def run_script(script: str, options: dict, log: Path) -> None:
-    """Run a training script in a process of its own, with one progress bar instead of its output."""
+def run_script(script: str, options: dict, log: Path, done: int) -> None:
+    """Run a training script in a process of its own, with one progress bar of all steps instead of its output."""
     command = [sys.executable, Path(__file__).with_name(script), *as_flags(options)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with (
         open(log, "a") as file,
-        tqdm(total=options["max_steps"], desc="aligning") as bar,
+        tqdm(total=options["max_steps"], initial=done, desc="aligning") as bar,
         subprocess.Popen(list(map(str, command)), env=environment, **streams) as run,
     ):
         try:

@@ -40,7 +40,7 @@ def toy(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_here(script, options, log):
+def run_here(script, options, log, done):
     """In the place of a process of its own, which the other demo has: importing all again takes longer than the run."""
     module = importlib.import_module(script.removesuffix(".py"))
     flags = list(map(str, demo.as_flags(options)))
@@ -69,8 +69,11 @@ def test_a_demo_runs_through_and_a_rerun_trains_nothing_again(toy, capsys, monke
     assert json.loads((output / "result.json").read_text()) == result
 
 
-def test_an_interrupted_demo_says_what_is_kept(toy, capsys, monkeypatch):
-    def interrupt(*args, **kwargs):
+def test_an_interrupted_demo_says_what_is_kept_and_goes_on_there(toy, capsys, monkeypatch):
+    begun = []
+
+    def interrupt(script, options, log, done):
+        begun.append((options.get("resume_from_checkpoint"), done))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run_script", interrupt)
@@ -78,6 +81,10 @@ def test_an_interrupted_demo_says_what_is_kept(toy, capsys, monkeypatch):
         demo.run(demo.VRPO, "")
     assert "the same command goes on" in capsys.readouterr().out
     assert (toy / "seed-0" / "pairs" / "train.jsonl").exists()
+    (toy / "seed-0" / "vrpo" / "checkpoint-1").mkdir()
+    with pytest.raises(SystemExit, match="130"):
+        demo.run(demo.VRPO, "")
+    assert begun == [(None, 0), (True, 1)]
 
 
 def test_pairs_are_a_right_and_a_wrong_answer_to_one_prompt():
