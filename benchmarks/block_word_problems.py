@@ -14,6 +14,7 @@ import os
 import random
 import sys
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def homework(tokenizer, problems: list, rng: random.Random):
 def pretrain(tokenizer, splits: dict, seed: int):
     torch.manual_seed(seed)
     model = make_sdar(tokenizer, **MODEL)
-    batches, draws = homework(tokenizer, splits["pretraining"], random.Random(seed)), iter(range(10**9))
+    batches, draws = homework(tokenizer, splits["pretraining"], random.Random(seed)), count()
     plain = [problem for problem in splits["validation"] if not problem.is_tricky]
 
     def loss_of(_):

@@ -263,7 +263,10 @@ def test_dropout_of_adapters_is_turned_off():
 
 def assert_silenced(model):
     ids = torch.arange(9, 25).unsqueeze(0)
-    logits = lambda: model(input_ids=ids).logits  # noqa: E731
+
+    def logits():
+        return model(input_ids=ids).logits
+
     with torch.no_grad():
         assert not torch.equal(logits(), logits())
         disable_dropout_in_model(model)
