@@ -38,7 +38,7 @@ class FiniteGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients and args.deepspeed_plugin is None and not _are_consumed(args.optim.value):
+        if not gradients and not _are_kept_elsewhere(args):
             raise RuntimeError(
                 f"At step {state.global_step + 1} no weight of the optimiser has a gradient: nothing would be trained. "
                 "An optimiser that was made before the trainer, and passed as `optimizers`, does not have the adapter "
@@ -57,9 +57,9 @@ class FiniteGradients(TrainerCallback):
         )
 
 
-def _are_consumed(optimizer: str) -> bool:
-    """Whether gradients are used up in the backward, as DeepSpeed's are, which keeps them to itself."""
-    return "lomo" in optimizer or "layerwise" in optimizer
+def _are_kept_elsewhere(args: Any) -> bool:
+    """Whether weights have no gradients at a step: DeepSpeed keeps them, and some optimisers step in the backward."""
+    return args.deepspeed_plugin is not None or any(kind in args.optim.value for kind in ("lomo", "layerwise"))
 
 
 def _largest(gradients: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..evaluation.ready import load_ready
 from ..scoring.door import ModelConfig, get_dataset, get_quantization_config
-from ..trainers.loading import find_adapter
+from ..trainers.loading import find_adapter, refuse_second_adapter
 
 # Options of TRL's configurations that nothing here goes by, and those that do nothing where nothing is trained
 IGNORED = ("ignore_bias_buffers",)
@@ -81,10 +81,7 @@ class TrainedModelConfig(DiffusionModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_peft and self._is_an_adapter():
-            raise ValueError(
-                f"`--model_name_or_path {self.model_name_or_path}` is an adapter, which is trained on, and "
-                "`--use_peft` is for a new one. Leave it out; or merge the adapter first, with `trl-diffusion merge`."
-            )
+            refuse_second_adapter(self.model_name_or_path)
         for name in ("load_in_4bit", "load_in_8bit"):
             if getattr(self, name) and not self.use_peft and not self._is_an_adapter():
                 raise ValueError(

@@ -64,8 +64,7 @@ class Answerer:
 
     def batches(self, numbers: list[int], size: int) -> Iterator[list[int]]:
         """Prompts to answer together: never two that are equal, whose noise is told apart by the seed."""
-        if size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {size}.")
+        check_at_least_one(batch_size=size)
         by_occurrence: dict[int, list[int]] = {}
         for number in numbers:
             by_occurrence.setdefault(self._occurrences[number], []).append(number)
@@ -105,6 +104,13 @@ class Answerer:
 
     def _cut(self, answer: list[int]) -> list[int]:
         return answer[: next((i for i, token in enumerate(answer) if token in self._ends), len(answer))]
+
+
+def check_at_least_one(**values: int | None) -> None:
+    """Refuse an argument, by its name, that is not None and below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _refuse_what_is_said_here(arguments: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..scoring.door import use_adapter
-from .answers import Answerer
+from .answers import Answerer, check_at_least_one
 from .prompts import read_prompts
 from .rewards import Rewards
 from .sampling import completion_of
@@ -59,9 +59,7 @@ class WinRateCallback(TrainerCallback):
                 "The weights are sharded (FSDP, ZeRO-3), and cannot be sampled from while they are trained: sample "
                 "from a checkpoint, with `sample_pairs` or `trl-diffusion generate`."
             )
-        for name, value in {"freq": freq, "batch_size": batch_size}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        check_at_least_one(freq=freq, batch_size=batch_size)
         self._trainer, self._freq, self._size, self._last = trainer, freq, batch_size, 0
         self._rewards = Rewards(reward_funcs, reward_weights, "Correct it, and go on from the last checkpoint.")
         self._prompts = read_prompts(prompts, trainer._tokenizer, trainer._model_config)

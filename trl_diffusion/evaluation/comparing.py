@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .answers import Answerer
+from .answers import Answerer, check_at_least_one
 from .prompts import Prompts, read_prompts
 
 
@@ -63,8 +63,7 @@ def compare_sampling(
     """
     if not settings:
         raise ValueError("`settings` is empty: give arguments of `generate` by name, those to compare with first.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_at_least_one(batch_size=batch_size)
     read = read_prompts(prompts, tokenizer, model.config)
     batches = list(_of_one_length(read, batch_size))
     forwards, tokens_run, answers = {}, {}, {}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from .._version import __version__
 from ..checks.inputs import check_writable
 from ..models.sampler_arguments import ORDERED_BY_CHANCE
-from .answers import Answerer
+from .answers import Answerer, check_at_least_one
 from .ledger import processes_of
 from .prompts import WRITTEN_WITH, Prompts, read_prompts
 from .rewards import Rewards
@@ -118,8 +118,7 @@ def _check(num_samples: int, strategy: str, threshold: float | None, margin: flo
     fewest = 1 if strategy == "threshold" else 2
     if num_samples < fewest:
         raise ValueError(f"`num_samples` must be at least {fewest} for `strategy={strategy!r}`, got {num_samples}.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    check_at_least_one(batch_size=batch_size)
     if not margin >= 0:
         raise ValueError(f"`margin` must not be negative, got {margin}.")
     if margin and strategy == "threshold":

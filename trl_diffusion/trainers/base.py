@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..checks.datasets import check_datasets
@@ -25,7 +24,7 @@ from ..models.positions import position_limit
 from ..planning.fit import warn_of_memory
 from ..resuming.record import make_record
 from ..resuming.run import checkpoint_to_resume, finish_checkpoint, load_best_adapter, saving_a_checkpoint
-from ..scoring.adapters import check_reference_of_adapters, fitting_get_peft_model, reference_copy
+from ..scoring.adapters import base_of, check_reference_of_adapters, fitting_get_peft_model, reference_copy
 from ..scoring.door import check_asked_for, seam, seam_function
 from ..scoring.gradients import SCALED, SHARDED, refuse_immediate
 from ..scoring.head import ELBOHead, add_elbo_head
@@ -183,14 +182,14 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
 
     def _go_by(self, model: Any) -> Any:
         """Remember the configuration that draws and data go by; the model below its adapters."""
-        base = completed(model.get_base_model() if is_peft_model(model) else model)
+        base = completed(base_of(model))
         self._model_config, self._max_positions = base.config, position_limit(base)
         keep_differentiable(base)
         return base
 
     def _add_head(self, model: Any, **_: Any) -> None:
         """The head of the policy or of its reference, which may have come from elsewhere."""
-        model = model.get_base_model() if is_peft_model(model) else model  # a `ref_model` with an adapter
+        model = base_of(model)  # a `ref_model` may have an adapter
         mask_token_id = resolve_mask_token_id(self._model_config, self._tokenizer)
         check_same_vocabulary(self._model_config, model.config, self._tokenizer)
         keep_differentiable(model)  # the reference too: kernels for inference round otherwise than the policy's

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
@@ -143,16 +143,22 @@ def put_adapter(model: Any, path: str, **options: Any) -> PeftModel:
 def check_new_adapter(source: Source, peft_config: Any, output_dir: str) -> None:
     """Refuse, before anything is loaded, an adapter on an adapter, and one that would be saved into its base model."""
     if source.is_adapter and peft_config is not None:
-        raise ValueError(
-            f"`model={source.path!r}` is an adapter, which is trained on, and `peft_config` (`--use_peft`) is for a "
-            "new one. Leave it out; or merge the adapter first, with `trl-diffusion merge`, and train the merged model."
-        )
+        refuse_second_adapter(source.path)
     is_trained = source.is_adapter or peft_config is not None
     if is_trained and Path(source.base).is_dir() and Path(source.base).resolve() == Path(output_dir).resolve():
         raise ValueError(
             f"`output_dir={output_dir!r}` is the folder of the model that the adapter is for: whoever loads that model "
             "would get the adapter with it. Give another folder."
         )
+
+
+def refuse_second_adapter(path: str) -> NoReturn:
+    """Refuse to make a new adapter where the model is one."""
+    raise ValueError(
+        f"`model={path!r}` (`--model_name_or_path`) is an adapter, which is trained on, and `peft_config` "
+        "(`--use_peft`) is for a new one. Leave it out; or merge the adapter first, with `trl-diffusion merge`, and "
+        "train the merged model."
+    )
 
 
 def completed(model: Any) -> Any:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
 from ..models.end_of_text import added_tokens
 from ..models.families import family_of
+from ..scoring.adapters import base_of
 
 _LIBRARIES = ("trl", "transformers", "torch", "datasets")
 
@@ -28,8 +28,7 @@ def write_model_card(
         dataset_name: data it was trained on, if that has a name on the hub.
         tags: of the card, besides the trainer's.
     """
-    folder, model = Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if is_peft_model(model) else model
+    folder, model = Path(trainer.args.output_dir), base_of(trainer.accelerator.unwrap_model(trainer.model))
     model_name = model_name or folder.name
     base_model = getattr(trainer.model.config, "_name_or_path", "")
     base_model, dataset_name = (  # the hub takes names of its own only
