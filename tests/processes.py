@@ -10,6 +10,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+import torch
+
 # As `accelerate launch` sets it for fsdp2.yaml
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -60,6 +62,8 @@ def _child(function, arguments, variables, log):
     sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1)  # not what pytest has put there
     os.environ.update({name: str(value) for name, value in variables.items()})
     forget_processes()
+    # At the first such call torch replaces its pool of threads, which is not fit after a fork; not safely from several
+    torch.set_num_threads(1)
     try:
         function(*arguments)
     except BaseException:
