@@ -25,6 +25,7 @@ import argparse
 import copy
 import json
 import random
+import re
 import time
 from itertools import product
 from pathlib import Path
@@ -51,6 +52,7 @@ PASSAGES = {30: (24, 12), 60: (24, 12), 140: (24, 12), 300: (24, 12), 450: (4, 0
 PROMPT = 24  # tokens before a passage
 TWINS = 160
 STEP = 1e-3  # along the direction of the gradient
+LAYERS = re.compile(r"\.encoder\.|\.blocks\.")  # names of their parameters, of BERT and of LLaDA
 TOKENS_PER_FORWARD = 2048
 # Laws and control variates beside the default one: bandwidth and ridge; those of short responses under uniform levels
 GRID = [(0.75, ControlVariate(1.0, *settings)) for settings in product((0.25, 0.5, 1.0), (0.1, 0.3, 1.0))]
@@ -110,15 +112,16 @@ def moved(model, direction: int, step: float):
     """A copy whose matrices of the layers are `step` further along the direction of this number."""
     generator, other = torch.Generator().manual_seed(direction), copy.deepcopy(model)
     for name, p in other.named_parameters():
-        if "encoder" in name and p.dim() == 2:
+        if LAYERS.search(name) and p.dim() == 2:
             p.data += step * torch.randn(p.shape, generator=generator)
     return other
 
 
 def score_pair(models: dict, pair, number: int, with_gradient: bool) -> list[natural_tables.Table]:
-    """Log-ratios of every model to "base", and the derivative along direction `number` under "near"."""
+    """Log-ratios of every model to "base", and the derivative along direction `number` under the first policy."""
     prompt, *responses = pair
-    ahead, behind = (moved(models["near"], number, s) if with_gradient else None for s in (STEP, -STEP))
+    policy = next(model for name, model in models.items() if name != "base")
+    ahead, behind = (moved(policy, number, s) if with_gradient else None for s in (STEP, -STEP))
 
     def score(response, masked):
         values = {name: log_probs(model, prompt, response, masked) for name, model in models.items()}
@@ -186,7 +189,7 @@ def measure_regime(name: str, path: Path) -> None:
     regime = variance_regimes.load_regime(name, num_pairs=12)
     models = {"base": regime.reference, name.split()[1]: regime.policy}
     for i, pair in enumerate(tqdm(regime.pairs, desc=name)):
-        _measure_once(path, models, name, i, pair, with_gradient=False)
+        _measure_once(path, models, name, i, pair, with_gradient=True)
 
 
 def _measure_once(path: Path, models: dict, kind: str, number: int, pair, with_gradient: bool) -> None:

@@ -121,17 +121,26 @@ def test_mirror_pairs(length, num_mc_samples):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("num_mc_samples", [1, 2, 3, 8])
-@pytest.mark.parametrize("settings", [ControlVariate(0.7, 0.3, 0.4), ControlVariate(0.7)], ids=["", "by length"])
+@pytest.mark.parametrize(
+    "settings",
+    [ControlVariate(0.7, 0.3, 0.4), ControlVariate(0.7), ControlVariate(0.7, long_kappa=1.3)],
+    ids=["", "by length", "a kappa of long ones"],
+)
 def test_control_variate_is_the_formula(monkeypatch, scheme, num_mc_samples, settings):
     """Collected weights give what the formula gives as it is written, and so do the estimates of single draws."""
     monkeypatch.setattr(levels, "LONG", 5)
     monkeypatch.setattr(control_variate, "TINY", 3)
     lengths = (2, 4, 7)
-    of_length = [ControlVariate(0.7, *((0.25, 1.0) if length == 4 else (0.5, 0.3))) for length in lengths]
+    kappas = {7: settings.long_kappa or 0.7}
+    of_length = [
+        ControlVariate(kappas.get(length, 0.7), *((0.25, 1.0) if length == 4 else (0.5, 0.3))) for length in lengths
+    ]
     maskable = torch.stack([torch.arange(7) < length for length in lengths])
     draws = draw_masks(maskable, num_mc_samples, scheme, seed=8, control_variate=settings)
     f = torch.randn(draws.masked.shape, generator=torch.Generator().manual_seed(0)).double() * draws.masked
-    samples, _ = draws.samples(f)
+    samples, control = draws.samples(f)
+    zero = draw_masks(maskable, num_mc_samples, scheme, seed=8, control_variate=settings.with_learnt_kappa(0.0))
+    torch.testing.assert_close(zero.samples(f)[0], samples + settings.learnt_kappa * control)
     for b, length in enumerate(lengths):
         expected = [
             control_variate_by_hand(
@@ -187,6 +196,7 @@ def test_coupled_responses_share_levels_and_the_fate_of_equal_tokens():
     [
         {"kappa": 2.5},
         {"kappa": -0.1},
+        {"long_kappa": 2.5},
         {"bandwidth": 0.0},
         {"ridge": 0.0},
         {"ridge": float("nan")},

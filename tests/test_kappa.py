@@ -9,13 +9,15 @@ from peft import LoraConfig
 from test_kto import make_trainer as make_kto_trainer
 from test_trainers import batch_of, make_trainer
 
-from trl_diffusion import DiffusionVRPOConfig, elbo
+from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, ELBOKTOConfig, elbo
+from trl_diffusion.estimators import levels
 from trl_diffusion.estimators.control_variate import ControlVariate
 from trl_diffusion.estimators.kappa import RunningKappa
 from trl_diffusion.trainers.running import RunningKappaCallback
 
 ADAPTIVE = {"control_variate": "adaptive", "num_mc_samples": 4}
 INITIAL = ControlVariate().kappa
+CPU = {"use_cpu": True, "bf16": False}
 
 
 def kappa_of(trainer) -> RunningKappa:
@@ -89,6 +91,64 @@ def test_a_step_uses_the_kappa_of_the_steps_before_it(tmp_path):
         assert torch.equal(draws.weight, expected.weight)
 
 
+@pytest.mark.parametrize("make", [make_trainer, make_kto_trainer], ids=["vrpo", "elbo-kto"])
+def test_by_default_it_is_learnt_for_long_responses_and_from_them(tmp_path, monkeypatch, make):
+    """Short ones keep the control variate that subtracts all that is expected, and long ones have the adaptive one."""
+    default, adaptive, fixed = (
+        make(tmp_path, make_model(seed=1), ref_model=make_model(seed=2), **ADAPTIVE | {"control_variate": name})
+        for name in (None, "adaptive", "leave_one_out")
+    )
+    inputs = batch_of(default)
+    rows = (inputs["completion_mask"].bool(), inputs["input_ids"], inputs["attention_mask"], 1)
+    lengths = rows[0].sum(1)
+    monkeypatch.setattr(levels, "LONG", int(lengths.median()) + 1)
+    is_long = lengths >= levels.LONG
+    assert 0 < is_long.sum() < len(lengths)
+    weight = default._sampler(*rows, 0.4).weight
+    assert torch.equal(weight[:, is_long], adaptive._sampler(*rows, 0.4).weight[:, is_long])
+    assert torch.equal(weight[:, ~is_long], fixed._sampler(*rows).weight[:, ~is_long])
+    assert not torch.equal(weight, adaptive._sampler(*rows, 0.4).weight)
+
+    def learnt(trainer, long):
+        monkeypatch.setattr(levels, "LONG", long)
+        trainer.model.train()
+        kappa_of(trainer).pending = (0.0, 0.0, 0.0)
+        with torch.no_grad():
+            trainer.compute_loss(trainer.model, inputs)
+        return kappa_of(trainer).pending
+
+    assert learnt(default, 1) == learnt(adaptive, 1) != (0.0, 0.0, 0.0)
+    assert learnt(default, 10_000) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precompute_ref_log_probs": True}, {"share_draws": False}, {"control_variate": "leave_one_out"}],
+    ids=str,
+)
+def test_where_nothing_can_be_learnt_the_default_is_leave_one_out(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(levels, "LONG", 3)
+    for make in (DiffusionVRPOConfig, ELBOKTOConfig):
+        config = make(str(tmp_path), **CPU, **options)
+        assert not config.learns_kappa
+        fixed = make(str(tmp_path), **CPU, **options | {"control_variate": "leave_one_out"})
+        assert config.mask_sampler() == fixed.mask_sampler()
+    assert "control variate `leave_one_out`" in config.describe_estimator()
+
+
+def test_the_default_of_fine_tuning_is_leave_one_out(tmp_path):
+    config = DiffusionSFTConfig(str(tmp_path), **CPU)
+    assert not config.learns_kappa and config.mask_sampler().control_variate == ControlVariate()
+
+
+def test_a_run_whose_reference_was_stored_begins_to_learn(tmp_path):
+    options = {"peft_config": LoraConfig(r=4), "save_strategy": "steps", "save_steps": 1, "num_mc_samples": 4}
+    make_trainer(tmp_path, max_steps=1, precompute_ref_log_probs=True, **options).train()
+    trainer = make_trainer(tmp_path, max_steps=2, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2 and kappa_of(trainer).value == INITIAL  # these responses are short
+
+
 def test_splitting_a_batch_does_not_change_kappa(tmp_path):
     found = []
     for size in (1, 3):
@@ -102,12 +162,14 @@ def test_splitting_a_batch_does_not_change_kappa(tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_trainer, make_kto_trainer], ids=["vrpo", "elbo-kto"])
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, make):
+@pytest.mark.parametrize("options", [{"control_variate": "adaptive"}, {}], ids=["adaptive", "default"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, make, options):
     """Losses, weights and kappa, to the last bit."""
+    monkeypatch.setattr(levels, "LONG", 3)
 
     def run(folder, max_steps, resume=False):
         trainer = make(folder, peft_config=LoraConfig(r=4), max_steps=max_steps, save_strategy="steps", save_steps=2,
-            lr_scheduler_type="constant", **ADAPTIVE)  # fmt: skip
+            lr_scheduler_type="constant", num_mc_samples=4, **options)  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return losses, kappa_of(trainer), [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -123,7 +185,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, make):
 
 def test_resuming_a_run_with_another_control_variate_is_refused(tmp_path):
     options = {"peft_config": LoraConfig(r=4), "save_strategy": "steps", "save_steps": 1}
-    make_trainer(tmp_path, max_steps=1, **options).train()
+    make_trainer(tmp_path, max_steps=1, control_variate="leave_one_out", **options).train()
     with pytest.raises(ValueError, match="trained with another `control_variate`"):
         make_trainer(tmp_path, max_steps=2, **ADAPTIVE, **options).train(resume_from_checkpoint=True)
 

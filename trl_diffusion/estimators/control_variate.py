@@ -24,7 +24,7 @@ The idea is the difference estimator of survey sampling; tests/test_draws.py hol
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,21 +50,43 @@ class ControlVariate:
             0.25 for responses, and for blocks of block diffusion, of 8 to 29 tokens, and 0.5 for others.
         ridge: how many witnesses the average token weighs as much as, in the guess of a single token. None is 1 where
             the bandwidth is 0.25, and 0.3 for others.
+        long_kappa: the kappa of responses, and of blocks, of 30 tokens and more. None is that of the others.
     """
 
     kappa: float = 1.0
     bandwidth: float | None = None
     ridge: float | None = None
+    long_kappa: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.kappa <= LARGEST_KAPPA:
-            raise ValueError(f"`kappa` must be between 0 and {LARGEST_KAPPA}, got {self.kappa}.")
+        for name in ("kappa", "long_kappa"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= LARGEST_KAPPA:
+                raise ValueError(f"`{name}` must be between 0 and {LARGEST_KAPPA}, got {value}.")
         for name in ("bandwidth", "ridge"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, or None, got {value}.")
 
-    def of_rows(self, num_maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def learnt_kappa(self) -> float:
+        """What a trainer may learn: the kappa of long responses where they have their own, else that of all."""
+        return self.kappa if self.long_kappa is None else self.long_kappa
+
+    def with_learnt_kappa(self, value: float) -> "ControlVariate":
+        """Another value of it."""
+        return replace(self, **{"kappa" if self.long_kappa is None else "long_kappa": value})
+
+    def has_learnt_kappa(self, num_maskable: torch.Tensor) -> torch.Tensor:
+        """`(B,)` bool, whether it is that of responses of L' `(B,)` tokens."""
+        return is_long(num_maskable) | (self.long_kappa is None)
+
+    def kappas(self, num_maskable: torch.Tensor) -> torch.Tensor:
+        """`(B,)` float64, of responses, or blocks, of L' `(B,)` tokens."""
+        share = self.has_learnt_kappa(num_maskable).double()
+        return share * self.learnt_kappa + (1 - share) * self.kappa
+
+    def widths(self, num_maskable: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Bandwidth and ridge `(B,)` float64 of responses, or blocks, of L' `(B,)` tokens."""
         wide = is_long(num_maskable) | (num_maskable < TINY)
 
@@ -118,29 +140,32 @@ class Control:
     def weight(self) -> torch.Tensor:
         """`(K, B, L)` float64: the weight of each f_ki, all terms that it stands in collected."""
         near, charge = self._nearness_and_charge()
-        taken_off = self.settings.kappa * torch.einsum("jkb,jbl->kbl", near, charge)
+        kappa = self.settings.kappas(self.maskable.sum(-1)).unsqueeze(-1)
+        taken_off = kappa * torch.einsum("jkb,jbl->kbl", near, charge)
         return (self.scale.unsqueeze(-1) - taken_off) * self.masked
 
     def samples(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The two parts of each draw's estimate: w_k `sum_{i in m_k} f_ki`, and w_k `sum_i (1{i in m_k} - pi_k) c_ki`.
+        The estimate of each draw, and what the kappa that may be learnt was multiplied with in it: w_k
+        `sum_i (1{i in m_k} - pi_k) c_ki`, or zero for a response with another kappa.
 
         Args:
             log_probs: `(K, B, L)`, zero where not masked.
 
         Returns:
-            Two tensors `(K, B)` in nats, times K: the estimate is the mean of the first less kappa times that of the
-            second.
+            Two tensors `(K, B)` in nats, times K: the estimate of the response is the mean of the first.
         """
         near, charge = self._nearness_and_charge()
         values = log_probs.double()
         control = (charge * torch.einsum("jkb,kbl->jbl", near, values)).sum(-1)
-        return self.masked.shape[0] * self.scale * values.sum(-1), self.masked.shape[0] * control
+        num_maskable = self.maskable.sum(-1)
+        estimate = self.scale * values.sum(-1) - self.settings.kappas(num_maskable) * control
+        return len(values) * estimate, len(values) * control * self.settings.has_learnt_kappa(num_maskable)
 
     def _nearness_and_charge(self) -> tuple[torch.Tensor, torch.Tensor]:
         """G `(K, K, B)`, zero inside a unit, and q `(K, B, L)`."""
         masked = self.masked.double()
-        bandwidth, ridge = self.settings.of_rows(self.maskable.sum(-1))
+        bandwidth, ridge = self.settings.widths(self.maskable.sum(-1))
         distance = self.inclusion.unsqueeze(1) - self.inclusion.unsqueeze(0)
         unit = torch.arange(len(masked), device=masked.device) // self.draws_per_unit
         other = (unit.unsqueeze(1) != unit.unsqueeze(0)).unsqueeze(-1)

@@ -22,7 +22,7 @@ For a block diffusion model all of this holds for each block of a row by itself,
 This module knows nothing of models.
 """
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -81,14 +81,13 @@ class MaskDraws:
             log_probs: `(K, B, L)`, zero where not masked.
 
         Returns:
-            That, and what kappa was multiplied with in it, or none without a control variate.
+            That, and what its `learnt_kappa` was multiplied with in it; none without a control variate.
         """
         if self.control is None:
             return (log_probs * self.weight).sum(-1) * self.num_mc_samples, None
         cells = self.cells or Cells(self.control.maskable)
-        parts = self.control.samples(cells.gather(log_probs))
-        plain, control = (cells.add_up(part).to(log_probs.dtype) for part in parts)
-        return plain - self.control.settings.kappa * control, control
+        estimate, control = self.control.samples(cells.gather(log_probs))
+        return cells.add_up(estimate).to(log_probs.dtype), cells.add_up(control).to(log_probs.dtype)
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,10 @@ class MaskSampler:
         kappa: float | None = None,
         blocks: torch.Tensor | None = None,
     ) -> MaskDraws:
-        """Draw masks for a batch, see [`draw_masks`]; `kappa` takes the place of the control variate's own."""
+        """Draw masks for a batch, see [`draw_masks`]; `kappa` takes the place of the one that may be learnt."""
         settings = named_control_variate(self.control_variate)
         if settings is not None and kappa is not None:
-            settings = replace(settings, kappa=kappa)
+            settings = settings.with_learnt_kappa(kappa)
         return draw_masks(
             maskable,
             num_mc_samples=self.num_mc_samples,

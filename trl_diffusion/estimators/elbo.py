@@ -44,7 +44,8 @@ class ELBO:
         terms: `(B, L)` nats, what each token contributes; zero outside the response.
         samples: `(K, B)` nats, the estimate of each draw alone; their mean over K is `value`.
         draws_per_unit: that many draws in a row depend on each other, see [`MaskDraws`].
-        control: `(K, B)` nats, what the control variate's kappa was multiplied with in `samples`; none without one.
+        control: `(K, B)` nats, what the `learnt_kappa` of the control variate was multiplied with in `samples`; none
+            without one.
         kappa: that kappa.
         log_probs: `(K, B, L)` nats, of each token where it is masked, zero elsewhere; detached.
     """
@@ -191,7 +192,7 @@ def weigh(log_probs: torch.Tensor, draws: MaskDraws) -> ELBO:
         samples=samples,
         draws_per_unit=draws.draws_per_unit,
         control=control,
-        kappa=draws.control.settings.kappa if draws.control else 0.0,
+        kappa=draws.control.settings.learnt_kappa if draws.control else 0.0,
         log_probs=log_probs.detach(),
     )
 

@@ -1,7 +1,7 @@
 """Training arguments of the estimator, which every trainer of this package adds to its TRL parent's."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..checks.launch import check_launch
@@ -61,13 +61,14 @@ class ELBOArguments:
             "of less than 30 tokens and 0.75 for others."
         },
     )
-    control_variate: str = field(
-        default="leave_one_out",
+    control_variate: str | None = field(
+        default=None,
         metadata={
             "help": "What is done about the noise from which tokens happen to be masked. `'leave_one_out'`: what the "
             "other draws predict of the masked tokens is subtracted, and the mean of that prediction added back; "
             "unbiased, no cost. `'adaptive'`: the same, and how much is subtracted is learnt from past steps. "
-            "`'none'`: nothing.",
+            "`'none'`: nothing. By default `'leave_one_out'`, and for responses of 30 tokens and more `'adaptive'` "
+            "where it can be: not for SFT, nor with `precompute_ref_log_probs=True` or `share_draws=False`.",
             "choices": list(CONTROL_VARIATES),
         },
     )
@@ -145,6 +146,18 @@ class ELBOArguments:
         """What was set, or uniform levels: an importance of levels would multiply an ELBO that is far from zero."""
         return 1.0 if self.level_concentration is None else self.level_concentration
 
+    @property
+    def learns_kappa(self) -> bool:
+        """Whether how much the control variate subtracts, of some responses at least, is learnt from past steps."""
+        return self.control_variate == "adaptive"
+
+    def _control_variate(self) -> ControlVariate:
+        initial = ControlVariate()
+        return replace(initial, long_kappa=initial.kappa) if self._by_length() else initial
+
+    def _by_length(self) -> bool:
+        return self.control_variate is None and self.learns_kappa
+
     def mask_sampler(self) -> MaskSampler:
         """The sampler that these arguments describe."""
         seed = self.seed if self.draw_seed is None else self.draw_seed  # type: ignore[attr-defined]
@@ -153,7 +166,7 @@ class ELBOArguments:
             scheme=self.mask_scheme,
             stratify=self.stratify,
             seed=seed,
-            control_variate=None if self.control_variate == "none" else ControlVariate(),
+            control_variate=None if self.control_variate == "none" else self._control_variate(),
             couple_pairs=getattr(self, "couple_pairs", False),
             level_concentration=self.level_concentration_of(self.mask_scheme),
         )
@@ -162,9 +175,10 @@ class ELBOArguments:
         """One line for the model card."""
         a = self.level_concentration_of(self.mask_scheme)
         levels = "uniform levels" if a == 1 else "levels by length" if a is None else f"levels from Beta({a}, {a})"
+        control = "by length" if self._by_length() else f"`{self.control_variate or 'leave_one_out'}`"
         return (
             f"{self.num_mc_samples} draws per response, scheme `{self.mask_scheme}`"
-            f"{', stratified' if self.stratify else ''}, {levels}, control variate `{self.control_variate}`"
+            f"{', stratified' if self.stratify else ''}, {levels}, control variate {control}"
         )
 
 
@@ -234,6 +248,16 @@ class ComparisonArguments(ELBOArguments):
                 f"`num_reference_draw_sets={sets}` is more than `num_train_epochs={epochs}`: each epoch takes one "
                 "set, and the others would be computed for nothing. Lower the first or raise the second."
             )
+
+    @property
+    def learns_kappa(self) -> bool:
+        """
+        Whether how much the control variate subtracts, of some responses at least, is learnt from past steps.
+
+        It needs the policy and the reference on the same masks in each step.
+        """
+        together = self.share_draws and not getattr(self, "precompute_ref_log_probs", False)
+        return super().learns_kappa or (self.control_variate is None and together)
 
     def _check_control_variate(self) -> None:
         if self.control_variate != "adaptive":

@@ -165,8 +165,9 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
             check_asked_for(model, self._headed)
         cast_adapters(self.model, self.args.adapter_dtype)
         self._let_gradients_come_once()
-        if self.args.control_variate == "adaptive":
-            self.add_callback(RunningKappaCallback(self._sampler.control_variate.kappa))
+        if self.args.learns_kappa:
+            asked_for = self.args.control_variate == "adaptive"
+            self.add_callback(RunningKappaCallback(self._sampler.control_variate.learnt_kappa, asked_for))
         check_before_training(self)
         self._record = make_record(self)
         self.add_callback(FiniteGradients())

@@ -87,7 +87,7 @@ class ScoreDiagnostics:
             pairs: whether the batch is [chosen, rejected], whose difference is the score.
 
         Returns:
-            `(3,)` float64: of b h, of h^2, and the number of estimates; zeros for a single unit.
+            `(3,)` float64: of b h, of h^2, and the number of estimates that have an h; zeros for a single unit.
         """
         elbo = _elbo(outputs)
         control = self._scores(outputs, "control")
@@ -101,7 +101,7 @@ class ScoreDiagnostics:
         drawn = sum_units(torch.ones_like(b[:1]).expand(num_mc_samples, -1), size)
         others = (b.sum(0) - b) / (num_mc_samples - drawn) * drawn
         product, square = ((b - others) * h).sum(), h.sum(0).square().sum()
-        return torch.stack([product, square, square.new_tensor(b.shape[1])])
+        return torch.stack([product, square, h.any(0).sum()])
 
     def _scores(self, outputs: list[ELBOHeadOutput], part: str) -> torch.Tensor:
         """`(K, B)`: beta times the difference of the two outputs' `samples` or `control`."""
