@@ -40,6 +40,7 @@ from counters import machine
 from tqdm.auto import tqdm
 
 from trl_diffusion import ControlVariate
+from trl_diffusion.estimators.control_variate import LARGEST_KAPPA
 from trl_diffusion.estimators.levels import concentration
 from trl_diffusion.models.logits import hidden_states, logits_of
 
@@ -206,8 +207,39 @@ def _measure_once(path: Path, models: dict, kind: str, number: int, pair, with_g
 # --- what came out ---------------------------------------------------------------------------------------------------
 
 
+LEARNT = "a=0.75, control, kappa learnt"
+_OF_LEARNT = "a=0.75, bandwidth=0.5, ridge=0.3, kappa="  # the control variate of long responses
+
+
+def learn_kappa(rows: list[dict]) -> None:
+    """
+    Put cells "... kappa learnt" into rows: the kappa that is best for the scores of the other pairs of a set together.
+
+    That is what a trainer learns from past steps. A gradient has the kappa of its policy's scores. Three values of
+    kappa say what the variance A - 2 kappa B + kappa^2 C is at any.
+    """
+    at = torch.tensor(KAPPAS, dtype=torch.float64)
+    design = torch.stack([torch.ones_like(at), -2 * at, at.square()], 1)
+    for kind in {row["set"] for row in rows}:
+        group = [row for row in rows if row["set"] == kind]
+        for count, coupled in product(COUNTS[1:], ("", ", coupled")):
+            names = [f"{_OF_LEARNT}{kappa:g}{coupled}|{count}" for kappa in KAPPAS]
+            parts = {}
+            for quantity in group[0]["cells"][names[0]]:
+                found = [[row["cells"][name].get(quantity, 0.0) for name in names] for row in group]
+                parts[quantity] = torch.linalg.solve(design, torch.tensor(found, dtype=torch.float64).T)
+            for quantity, (a, b, c) in parts.items():
+                policy = quantity if quantity in natural_model.POLICIES else next(iter(parts))
+                _, cov, square = parts[policy]
+                kappa = ((cov.sum() - cov) / (square.sum() - square)).clamp(0, LARGEST_KAPPA)
+                for row, value in zip(group, a - 2 * kappa * b + kappa.square() * c, strict=True):
+                    if quantity in row["cells"][names[0]]:
+                        row["cells"].setdefault(f"{LEARNT}{coupled}|{count}", {})[quantity] = value.item()
+
+
 def tables(rows: list[dict]) -> str:
     """What was measured, and variances over those of fixed counts at equal K, by set and for all sets together."""
+    learn_kappa(rows)
     lines = [_what_was_measured(rows)]
     for quantity, words in (("near", "Score, near policy"), ("far", "Score, far policy"), ("gradient", "Gradient")):
         groups: dict[str, list[dict]] = {}
@@ -215,7 +247,7 @@ def tables(rows: list[dict]) -> str:
             if quantity in row["cells"]["fixed counts|8"]:
                 groups.setdefault(row["set"], []).append(row)
         for count in COUNTS if groups else ():
-            cells = [name for name in rows[0]["cells"] if name.endswith(f"|{count}")]
+            cells = [name for name in next(iter(groups.values()))[0]["cells"] if name.endswith(f"|{count}")]
             for title, of_grid in (("", False), (", other settings of the control variate", True)):
                 chosen = [name for name in cells if ("bandwidth" in name) == of_grid]
                 if chosen:

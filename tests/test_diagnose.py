@@ -22,7 +22,7 @@ from trl_diffusion import (
     draw_masks,
     elbo,
 )
-from trl_diffusion.diagnosis.diagnose import _about_zero, _variance
+from trl_diffusion.diagnosis.diagnose import _about_zero, _variance, with_learnt_kappa
 from trl_diffusion.diagnosis.report import ENOUGH_DRAWS, ESTIMATORS
 from trl_diffusion.estimators.variance import (
     Scored,
@@ -152,7 +152,7 @@ def test_the_variance_of_a_pair_is_that_of_scores_made_one_by_one(name, law):
     """Every estimator of the report at K = 4, of scores whose two responses are drawn as a trainer draws them."""
     pair, size = pair_with_tables(), 4000
     options = ESTIMATORS[name]
-    control = ControlVariate() if options["control_variate"] == "leave_one_out" else None
+    control = None if options["control_variate"] == "none" else ControlVariate()
     made = draw_pairs(
         pair, 100 + torch.arange(size), 4, options["mask_scheme"], options["stratify"], 7, control,
         options["couple_pairs"], 1.0 if name == "VRPO paper" else law,
@@ -168,6 +168,19 @@ def test_the_variance_of_a_pair_is_that_of_scores_made_one_by_one(name, law):
     )
     error = (squared.var() / size + found.var() / len(found)).sqrt()
     assert abs(found.mean() - squared.mean()) < 4 * error + 0.03 * squared.mean()
+
+
+def test_the_default_has_the_kappa_that_the_other_pairs_would_teach():
+    """Of pairs in which b is 1.5 h and noise, and one in which it is 0.5 h; and of pairs that kappa does not touch."""
+    slope, square, noise = torch.tensor([[1.5, 1.5, 0.5], [4.0, 1.0, 1.0], [3.0, 1.0, 2.0]]).double()
+
+    def at(kappa):
+        return noise + (slope - kappa).square() * square
+
+    taught = torch.tensor([(1.5 + 0.5) / 2, (4 * 1.5 + 0.5) / 5, 1.5]).double()
+    torch.testing.assert_close(with_learnt_kappa(torch.stack([at(0), at(1), at(2)], 1)), at(taught))
+    alike = torch.tensor([[3.0, 3.0, 3.0], [0.1, 0.1, 0.1]]).double()
+    torch.testing.assert_close(with_learnt_kappa(alike), alike[:, 0])
 
 
 def test_variance_parts_against_enumeration(log_ratios):

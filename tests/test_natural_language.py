@@ -105,7 +105,7 @@ def test_variances_of_a_table_are_those_of_draws(monkeypatch):
 
 def test_a_pair_is_read_off_under_every_law(monkeypatch):
     """Every cell is there; at K = 2 a control variate has no witnesses, and changes nothing."""
-    monkeypatch.setattr(natural, "GRID", natural.GRID[:1])
+    monkeypatch.setattr(natural, "GRID", natural.GRID[4:5])  # the control variate of long responses
     monkeypatch.setattr(natural_tables, "UNITS", 12)  # of three bins, which is what five tokens have
     models = {"base": tiny_bert(0), "near": tiny_bert(1), "far": tiny_bert(2)}
     found = natural.measure_pair(models, (PROMPT, *RESPONSES), 0, with_gradient=True)
@@ -119,6 +119,24 @@ def test_a_pair_is_read_off_under_every_law(monkeypatch):
     assert all(cells[f"{name}|2"] == cells[f"{name.replace(', control', '')}|2"] for name in names)
     row = {"set": "5", "pair": 0, "lengths": [5, 4], "overlap": 0.5, "seconds": 0.0} | found
     assert "## Gradient, K = 8" in natural.tables([row, row])
+
+
+def test_a_learnt_kappa_is_that_of_the_other_pairs_scores():
+    """Var(b - kappa h) of pairs whose best kappa is 1.5, and 0.5; the gradient has the kappa of the score."""
+
+    def row(best, noise, number):
+        cells = {"fixed counts|8": {"near": 1.0, "gradient": 1.0}}
+        for kappa in natural.KAPPAS:
+            cell = {"near": noise + (kappa - best) ** 2, "gradient": 2 + kappa**2}
+            cells |= {f"{natural._OF_LEARNT}{kappa:g}{x}|{k}": cell for x in ("", ", coupled") for k in (4, 8)}
+        return {"set": "60", "pair": number, "cells": cells}
+
+    rows = [row(1.5, 1.0, 0), row(0.5, 2.0, 1), row(0.5, 3.0, 2)]
+    natural.learn_kappa(rows)
+    for r, kappa, best, noise in zip(rows, (0.5, 1.0, 1.0), (1.5, 0.5, 0.5), (1.0, 2.0, 3.0), strict=True):
+        found = r["cells"][f"{natural.LEARNT}, coupled|8"]
+        assert found["near"] == pytest.approx(noise + (kappa - best) ** 2)
+        assert found["gradient"] == pytest.approx(2 + kappa**2)
 
 
 def test_pairs_of_answers():

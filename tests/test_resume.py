@@ -333,7 +333,7 @@ WARNED = [
     ({"mask_scheme": "bernoulli"}, "`mask_scheme` was 'mirror' and is 'bernoulli'"),
     ({"stratify": False}, "`stratify` was True and is False"),
     ({"level_concentration": 0.5}, "`level_concentration` was None and is 0.5; the noise of every estimate changes"),
-    ({"control_variate": "none"}, "`control_variate` was 'leave_one_out' and is 'none'; the noise of every estimate"),
+    ({"control_variate": "none"}, "`control_variate` was None and is 'none'; the noise of every estimate"),
     ({"share_draws": False}, "`share_draws` was True and is False"),
     (
         {"precompute_ref_log_probs": False},

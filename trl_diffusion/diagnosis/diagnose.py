@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from ..estimators.control_variate import ControlVariate
+from ..estimators.control_variate import LARGEST_KAPPA, ControlVariate
 from ..estimators.draws import MaskSampler
 from ..estimators.hashing import hash_rows
 from ..estimators.variance import (
@@ -34,6 +34,7 @@ from .report import DRAW_COUNTS, ESTIMATORS, VarianceReport
 from .scorer import Scorer, prepare
 
 _NONCES = (FIXED_NONCE, FIXED_NONCE + 1)  # one for each independent set of draws
+_KAPPAS = {"default": (0.0, 1.0, 2.0)}  # at which the variance is measured where kappa is learnt
 
 
 def diagnose_variance(
@@ -125,7 +126,7 @@ def _score_pairs(
     rows = []
     for inputs in tqdm(pairs, desc="scoring pairs"):
         content = hash_rows(inputs["input_ids"] * 2 + inputs["maskable"], inputs["attention_mask"])
-        key = str((content.tolist(), of_models, sampler.key, _NONCES))
+        key = str((content.tolist(), of_models, sampler.key, _NONCES, _KAPPAS))
         if key not in done:
             done[key] = {"key": key, **_measure(*_score_pair(scorer, inputs, sampler))}
             with open(path, "a") as file:
@@ -172,7 +173,7 @@ def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs:
     parts = [variance_parts(scored) for scored in (chosen, rejected)]
     margins = fixed_count_samples(chosen).mean(1) - fixed_count_samples(rejected).mean(1)
     variance = {
-        f"{name}|{count}": _variance(name, count, chosen, rejected)
+        f"{name}|{count}": [_variance(name, count, chosen, rejected, kappa) for kappa in _KAPPAS.get(name, (1.0,))]
         for name in ESTIMATORS
         for count in DRAW_COUNTS
         if chosen.masked.shape[1] % (2 * count) == 0
@@ -186,19 +187,40 @@ def _measure(chosen: Scored, rejected: Scored, tokens: list[list[int]], differs:
     }
 
 
-def _variance(name: str, count: int, chosen: Scored, rejected: Scored) -> float:
-    """Of the difference of the two estimates. Coupled: on the same draws; else on draws that are far apart."""
+def _variance(name: str, count: int, chosen: Scored, rejected: Scored, kappa: float = 1.0) -> float:
+    """
+    Of the difference of the two estimates, with this kappa for long responses.
+
+    Coupled: on the same draws; else on draws that are far apart.
+    """
     pair = (chosen, rejected)
     if name == "VRPO paper":
         return sum(map(paper_variance, pair)) / count
     if name == "fixed counts":
         values = [fixed_count_repeats(scored, count) for scored in pair]
     else:
-        control = ControlVariate() if ESTIMATORS[name]["control_variate"] == "leave_one_out" else None
+        control = None if ESTIMATORS[name]["control_variate"] == "none" else ControlVariate(long_kappa=kappa)
         values = [repeats(scored, count, control) for scored in pair]
     if not ESTIMATORS[name]["couple_pairs"]:
         return sum(map(variance_of_repeats, values))
     return variance_of_repeats(values[0] - values[1])
+
+
+def with_learnt_kappa(variances: torch.Tensor) -> torch.Tensor:
+    """
+    `(P,)` variances with the kappa that is best for the other pairs together, as one that is learnt from past steps is.
+
+    Args:
+        variances: `(P, 3)` of estimates b - kappa h of P pairs at the kappas 0, 1 and 2, which say what
+            Var b - 2 kappa Cov(b, h) + kappa^2 Var h  is at any. Where kappa changes nothing, as for short responses,
+            they are all the same.
+    """
+    at_0, at_1, at_2 = variances.unbind(1)
+    square = (at_0 - 2 * at_1 + at_2) / 2
+    covariance = (at_0 + square - at_1) / 2
+    of_others = [part.sum() - part for part in (covariance, square)]
+    best = (of_others[0] / of_others[1]).clamp(0, LARGEST_KAPPA).nan_to_num(1.0)
+    return at_0 - 2 * best * covariance + best.square() * square
 
 
 def _report(
@@ -209,7 +231,8 @@ def _report(
     cells = {tuple(cell.split("|")): [row["variance"][cell] for row in rows] for cell in rows[0]["variance"]}
     variance, error = {}, {}
     for (name, count), values in cells.items():
-        of_pairs = beta**2 * torch.tensor(values, dtype=torch.float64)
+        of_pairs = torch.tensor(values, dtype=torch.float64)  # (pairs, kappas)
+        of_pairs = beta**2 * (with_learnt_kappa(of_pairs) if name in _KAPPAS else of_pairs.squeeze(1))
         variance[name, int(count)] = of_pairs.mean().item()
         error[name, int(count)] = of_pairs.std().item() / len(rows) ** 0.5
     parts = {part: sum(row["parts"][part] for row in rows) for part in rows[0]["parts"]}

@@ -15,9 +15,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
         "mask_scheme": "mirror", "stratify": True, "control_variate": "leave_one_out", "couple_pairs": False,
     },
     "mirror, coupled": {"mask_scheme": "mirror", "stratify": True, "control_variate": "none", "couple_pairs": True},
-    "default": {
-        "mask_scheme": "mirror", "stratify": True, "control_variate": "leave_one_out", "couple_pairs": True,
-    },
+    "default": {"mask_scheme": "mirror", "stratify": True, "control_variate": None, "couple_pairs": True},
 }  # fmt: skip
 
 
