@@ -171,8 +171,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, mak
         trainer = make(folder, peft_config=LoraConfig(r=4), max_steps=max_steps, save_strategy="steps", save_steps=2,
             lr_scheduler_type="constant", num_mc_samples=4, **options)  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return losses, kappa_of(trainer), [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        logs = [(entry["loss"], entry.get("elbo/kappa")) for entry in trainer.state.log_history if "loss" in entry]
+        return logs, kappa_of(trainer), [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
 
     whole = run(tmp_path / "whole", 4)
     run(tmp_path / "cut", 2)
@@ -180,6 +180,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, mak
     assert saved["stateful_callbacks"]["RunningKappaCallback"]["attributes"]["saved"]["count"] > 0
     resumed = run(tmp_path / "cut", 4, resume=True)
     assert resumed[:2] == whole[:2] and whole[1].value != INITIAL
+    assert whole[0][0][1] is None and whole[0][-1][1] is not None  # at first the policy is its reference
     assert all(torch.equal(a, b) for a, b in zip(resumed[2], whole[2], strict=True))
 
 

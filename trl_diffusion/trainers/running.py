@@ -23,6 +23,7 @@ class RunningMixin(_Trainer):
 
     _sampler: Any
     _diagnostics: Any
+    _metrics: Any
 
     def _draw(self, maskable: Any, rows: Any, attention_mask: Any, nonce: int, blocks: Any = None) -> MaskDraws:
         """The sampler, with the kappa that was learnt so far; evaluation keeps the one of the start."""
@@ -31,8 +32,11 @@ class RunningMixin(_Trainer):
         return self._sampler(maskable, rows, attention_mask, nonce, kappa, blocks)
 
     def _learn_kappa(self, outputs: list[ELBOHeadOutput], pairs: bool) -> None:
+        """Put what a batch says of kappa with what this step has said, and log the one that it was drawn with."""
         callback = self._callback(RunningKappaCallback)
         if callback and self.model.training:
+            if callback.kappa.count:
+                self._metrics["train"]["elbo/kappa"].append(callback.kappa.value)
             moments = self.accelerator.reduce(self._diagnostics.kappa_moments(outputs, pairs), reduction="sum")
             callback.kappa.observe(*moments.tolist())
 
