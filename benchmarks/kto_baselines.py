@@ -31,7 +31,7 @@ from demo_starts import mean_and_half_width
 from trl_diffusion import ELBOKTOConfig, ELBOKTOTrainer
 from trl_diffusion.trainers.elbo_kto.baselines import BASELINES, DESIRABLE, UNDESIRABLE
 
-NAMES = [*BASELINES, "kl"]
+NAMES = list(BASELINES)
 NOISE_BATCHES = 32
 NOISE_STEPS = 20  # of the run at whose end the noise is measured
 
