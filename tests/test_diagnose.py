@@ -253,7 +253,7 @@ def test_report_of_a_policy_and_a_reference(tmp_path):
     DiffusionVRPOConfig(str(tmp_path), bf16=False, use_cpu=True, **report.options)
 
     rows = [json.loads(line) for line in (tmp_path / "variance.jsonl").read_text().splitlines()]
-    mean = sum(row["variance"]["VRPO paper|8"] for row in rows) / 4
+    mean = sum(row["variance"]["VRPO paper|8"][0] for row in rows) / 4
     assert report.variance["VRPO paper", 8] == pytest.approx(0.2**2 * mean)
     assert report.variance["VRPO paper", 2] == pytest.approx(4 * report.variance["VRPO paper", 8])
 

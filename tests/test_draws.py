@@ -327,7 +327,8 @@ def test_the_control_variate_has_the_names_of_the_configuration(make):
 def test_draws_are_printed_by_their_sizes():
     draws = draw_masks(torch.ones(20, 300, dtype=torch.bool), 4, "mirror", control_variate=ControlVariate(kappa=0.5))
     assert repr(draws) == (
-        "MaskDraws(4 draws of 20 rows of 300 tokens, 2 per unit, ControlVariate(kappa=0.5, bandwidth=None, ridge=None))"
+        "MaskDraws(4 draws of 20 rows of 300 tokens, 2 per unit, "
+        "ControlVariate(kappa=0.5, bandwidth=None, ridge=None, long_kappa=None))"
     )
 
 
