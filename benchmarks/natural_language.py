@@ -40,7 +40,7 @@ from counters import machine
 from tqdm.auto import tqdm
 
 from trl_diffusion import ControlVariate
-from trl_diffusion.estimators.control_variate import LARGEST_KAPPA
+from trl_diffusion.estimators.kappa import kappa_of_others
 from trl_diffusion.estimators.levels import concentration
 from trl_diffusion.models.logits import hidden_states, logits_of
 
@@ -59,6 +59,8 @@ TOKENS_PER_FORWARD = 2048
 GRID = [(0.75, ControlVariate(1.0, *settings)) for settings in product((0.25, 0.5, 1.0), (0.1, 0.3, 1.0))]
 GRID.append((1.0, ControlVariate(1.0, 0.25, 1.0)))
 KAPPAS = (0.75, 1.0, 1.25)
+# The default of long responses: at each of KAPPAS, and with the one that is learnt
+OF_KAPPA, LEARNT = "a=0.75, bandwidth=0.5, ridge=0.3, kappa=", "a=0.75, control, kappa learnt"
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -207,10 +209,6 @@ def _measure_once(path: Path, models: dict, kind: str, number: int, pair, with_g
 # --- what came out ---------------------------------------------------------------------------------------------------
 
 
-LEARNT = "a=0.75, control, kappa learnt"
-_OF_LEARNT = "a=0.75, bandwidth=0.5, ridge=0.3, kappa="  # the control variate of long responses
-
-
 def learn_kappa(rows: list[dict]) -> None:
     """
     Put cells "... kappa learnt" into rows: the kappa that is best for the scores of the other pairs of a set together.
@@ -218,23 +216,27 @@ def learn_kappa(rows: list[dict]) -> None:
     That is what a trainer learns from past steps. A gradient has the kappa of its policy's scores. Three values of
     kappa say what the variance A - 2 kappa B + kappa^2 C is at any.
     """
+    for kind, count, coupled in product({row["set"] for row in rows}, COUNTS[1:], ("", ", coupled")):
+        group = [row["cells"] for row in rows if row["set"] == kind]
+        names = [f"{OF_KAPPA}{kappa:g}{coupled}|{count}" for kappa in KAPPAS]
+        quantities = list(group[0][names[0]])
+        parts = {
+            quantity: _parts([[cells[n].get(quantity, 0.0) for n in names] for cells in group])
+            for quantity in quantities
+        }
+        for quantity, (a, b, c) in parts.items():
+            _, *of_score = parts[quantity if quantity in natural_model.POLICIES else quantities[0]]
+            kappa = kappa_of_others(*of_score)
+            for cells, value in zip(group, a - 2 * kappa * b + kappa.square() * c, strict=True):
+                if quantity in cells[names[0]]:
+                    cells.setdefault(f"{LEARNT}{coupled}|{count}", {})[quantity] = value.item()
+
+
+def _parts(variances: list[list[float]]) -> torch.Tensor:
+    """`(3, P)` A, B and C of the variances A - 2 kappa B + kappa^2 C of P pairs at each of KAPPAS."""
     at = torch.tensor(KAPPAS, dtype=torch.float64)
     design = torch.stack([torch.ones_like(at), -2 * at, at.square()], 1)
-    for kind in {row["set"] for row in rows}:
-        group = [row for row in rows if row["set"] == kind]
-        for count, coupled in product(COUNTS[1:], ("", ", coupled")):
-            names = [f"{_OF_LEARNT}{kappa:g}{coupled}|{count}" for kappa in KAPPAS]
-            parts = {}
-            for quantity in group[0]["cells"][names[0]]:
-                found = [[row["cells"][name].get(quantity, 0.0) for name in names] for row in group]
-                parts[quantity] = torch.linalg.solve(design, torch.tensor(found, dtype=torch.float64).T)
-            for quantity, (a, b, c) in parts.items():
-                policy = quantity if quantity in natural_model.POLICIES else next(iter(parts))
-                _, cov, square = parts[policy]
-                kappa = ((cov.sum() - cov) / (square.sum() - square)).clamp(0, LARGEST_KAPPA)
-                for row, value in zip(group, a - 2 * kappa * b + kappa.square() * c, strict=True):
-                    if quantity in row["cells"][names[0]]:
-                        row["cells"].setdefault(f"{LEARNT}{coupled}|{count}", {})[quantity] = value.item()
+    return torch.linalg.solve(design, torch.tensor(variances, dtype=torch.float64).T)
 
 
 def tables(rows: list[dict]) -> str:

@@ -7,7 +7,7 @@ import torch
 from variance_estimators import ALLOCATIONS, BASELINES, DRAWS, ESTIMATORS, MAIN, OTHER_DRAWS
 from variance_regimes import REGIMES
 
-from trl_diffusion.estimators.control_variate import LARGEST_KAPPA
+from trl_diffusion.estimators.kappa import kappa_of_others
 
 QUANTITIES = {"score": "the score", "loss": "the loss", "gradient": "the gradient of the loss"}
 BOOTSTRAP = 2000
@@ -132,7 +132,7 @@ def kappa_table(groups: dict) -> str:
                 plain = torch.tensor([row["cells"][f"mirror, stratified{tail}|{DRAWS}"]["score"] for row in group])
                 moments = [[row["kappa"][tail][key] for key in ("covariance", "variance")] for row in group]
                 product, square = torch.tensor(moments).T
-                best = ((product.sum() - product) / (square.sum() - square)).clamp(0, LARGEST_KAPPA)  # of other pairs
+                best = kappa_of_others(product, square)
                 kappa = best if kind == "fitted kappa" else torch.ones_like(plain)
                 left = (plain - 2 * kappa * product + kappa**2 * square).sum() / plain.sum()
                 cells.append(number(left.item()) + (f" ({best.mean():.1f})" if kind == "fitted kappa" else ""))

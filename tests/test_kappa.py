@@ -141,12 +141,13 @@ def test_the_default_of_fine_tuning_is_leave_one_out(tmp_path):
     assert not config.learns_kappa and config.mask_sampler().control_variate == ControlVariate()
 
 
-def test_a_run_whose_reference_was_stored_begins_to_learn(tmp_path):
+def test_a_run_whose_reference_was_stored_begins_to_learn(tmp_path, monkeypatch):
+    monkeypatch.setattr(levels, "LONG", 3)
     options = {"peft_config": LoraConfig(r=4), "save_strategy": "steps", "save_steps": 1, "num_mc_samples": 4}
     make_trainer(tmp_path, max_steps=1, precompute_ref_log_probs=True, **options).train()
     trainer = make_trainer(tmp_path, max_steps=2, **options)
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2 and kappa_of(trainer).value == INITIAL  # these responses are short
+    assert trainer.state.global_step == 2 and kappa_of(trainer).count > 0 and kappa_of(trainer).value != INITIAL
 
 
 def test_splitting_a_batch_does_not_change_kappa(tmp_path):

@@ -128,7 +128,7 @@ def test_a_learnt_kappa_is_that_of_the_other_pairs_scores():
         cells = {"fixed counts|8": {"near": 1.0, "gradient": 1.0}}
         for kappa in natural.KAPPAS:
             cell = {"near": noise + (kappa - best) ** 2, "gradient": 2 + kappa**2}
-            cells |= {f"{natural._OF_LEARNT}{kappa:g}{x}|{k}": cell for x in ("", ", coupled") for k in (4, 8)}
+            cells |= {f"{natural.OF_KAPPA}{kappa:g}{x}|{k}": cell for x in ("", ", coupled") for k in (4, 8)}
         return {"set": "60", "pair": number, "cells": cells}
 
     rows = [row(1.5, 1.0, 0), row(0.5, 2.0, 1), row(0.5, 3.0, 2)]

@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from ..estimators.control_variate import LARGEST_KAPPA, ControlVariate
+from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
 from ..estimators.hashing import hash_rows
+from ..estimators.kappa import kappa_of_others
 from ..estimators.variance import (
     Scored,
     fixed_count_repeats,
@@ -218,9 +219,8 @@ def with_learnt_kappa(variances: torch.Tensor) -> torch.Tensor:
     at_0, at_1, at_2 = variances.unbind(1)
     square = (at_0 - 2 * at_1 + at_2) / 2
     covariance = (at_0 + square - at_1) / 2
-    of_others = [part.sum() - part for part in (covariance, square)]
-    best = (of_others[0] / of_others[1]).clamp(0, LARGEST_KAPPA).nan_to_num(1.0)
-    return at_0 - 2 * best * covariance + best.square() * square
+    kappa = kappa_of_others(covariance, square).nan_to_num(1.0)
+    return at_0 - 2 * kappa * covariance + kappa.square() * square
 
 
 def _report(

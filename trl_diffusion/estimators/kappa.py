@@ -2,11 +2,26 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from .control_variate import LARGEST_KAPPA
 
 # How many past estimates, and which weight of a step's past, the running kappa has
 _PRIOR_COUNT = 64
 _KAPPA_DECAY = 0.98
+
+
+def kappa_of_others(covariance: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """
+    `(P,)` in [0, 2]: for each of P pairs the kappa that would have been best for all the others together.
+
+    It is what a run that has met the others would have learnt, and says nothing of the pair itself.
+
+    Args:
+        covariance, square: `(P,)` float64, Cov(b, h) and Var(h) of the estimates b - kappa h of each pair.
+    """
+    best = (covariance.sum() - covariance) / (square.sum() - square)
+    return best.clamp(0, LARGEST_KAPPA)
 
 
 @dataclass

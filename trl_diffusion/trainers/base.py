@@ -166,8 +166,7 @@ class ELBOTrainerMixin(DataMixin, RunningMixin, ReferenceMixin, ProcessesMixin):
         cast_adapters(self.model, self.args.adapter_dtype)
         self._let_gradients_come_once()
         if self.args.learns_kappa:
-            asked_for = self.args.control_variate == "adaptive"
-            self.add_callback(RunningKappaCallback(self._sampler.control_variate.learnt_kappa, asked_for))
+            self.add_callback(RunningKappaCallback(self._sampler.control_variate.learnt_kappa))
         check_before_training(self)
         self._record = make_record(self)
         self.add_callback(FiniteGradients())

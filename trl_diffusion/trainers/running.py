@@ -51,19 +51,18 @@ class RunningKappaCallback(TrainerCallback, ExportableState):
 
     Args:
         initial: kappa before anything was seen.
-        asked_for: whether a checkpoint without it is refused. By default a run whose reference was stored until now
-            begins to learn, and what that changes is warned of.
     """
 
-    def __init__(self, initial: float, asked_for: bool = True):
-        self.kappa, self.asked_for = RunningKappa(initial), asked_for
+    def __init__(self, initial: float):
+        self.kappa = RunningKappa(initial)
 
     def state(self) -> dict[str, Any]:
-        arguments = {"initial": self.kappa.initial, "asked_for": self.asked_for}
-        return {"args": arguments, "attributes": {"saved": asdict(self.kappa)}}
+        return {"args": {"initial": self.kappa.initial}, "attributes": {"saved": asdict(self.kappa)}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.asked_for:
+        if (
+            args.control_variate is None
+        ):  # a run whose reference was stored until now, of which is warned, begins to learn
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         saved = saved_of(self, state, "running moments of the control variate", "control_variate='adaptive'")
         self.kappa = RunningKappa(**saved)
