@@ -251,14 +251,21 @@ def environment_of(cell):
     return precision
 
 
-def run(cells, folder, **options):
-    """Cells of one launch, in processes that are forked once; the outcomes by cell."""
+def run(cells, folder, words=None, **options):
+    """Cells of one launch, in processes that are forked once; the outcomes by cell. `words` makes responses as long."""
     for cell in cells:
         rows = make_pairs(8) if cell.trainer == "vrpo" else make_feedback(8)
+        rows = rows.map(repeated, fn_kwargs={"words": words}) if words else rows
         rows.save_to_disk(str(folder / "rows" / str(cell).replace(" ", "-")))
     codes = run_forked(train_all_pretending, cells, folder, options, processes=cells[0].processes, folder=folder)
     assert set(codes) == {0}, "".join(log.read_text()[-3000:] for log in folder.glob("rank*.log"))
     return {cell: torch.load(folder / f"{cell}.pt") for cell in cells}
+
+
+def repeated(row, words):
+    """A row whose responses are said again and again, until they have so many words."""
+    responses = {"chosen", "rejected", "completion"} & set(row)
+    return {name: " ".join((row[name].split() * words)[:words]) for name in responses}
 
 
 def train_all_pretending(cells, folder, options):
