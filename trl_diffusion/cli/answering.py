@@ -9,7 +9,7 @@ from ..evaluation.pairs import STRATEGIES, refuse_greedy, sample_pairs
 from ..evaluation.prompts import read_prompts
 from ..models.sampler_arguments import BLOCK_CACHES, REMASKING
 from ..scoring.door import ScriptArguments
-from .arguments import OF_TRAINING_ALONE, UsedModelConfig, finish, load_rows, load_to_use, say
+from .arguments import OF_TRAINING_ALONE, UsedModelConfig, load_rows, load_to_use, say
 from .command import Command
 
 
@@ -132,7 +132,7 @@ def make_pairs(script_args: Any, model_args: Any, arguments: PairsArguments) -> 
     names = ("num_samples", "output_dir", "strategy", "threshold", "margin", "reward_weights", "batch_size", "seed")
     options = {name: getattr(arguments, name) for name in names}
     rows = sample_pairs(model, tokenizer, prompts, functions, **options, **arguments.sampler())
-    finish(f"{len(rows)} rows of {len(prompts)} prompts in {arguments.output_dir}.")
+    say(f"{len(rows)} rows of {len(prompts)} prompts in {arguments.output_dir}.")
 
 
 def reward_function(name: str) -> Any:

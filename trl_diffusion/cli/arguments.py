@@ -190,9 +190,3 @@ def say(text: str) -> None:
     """Print once, whatever the number of processes."""
     if PartialState().is_main_process:
         print(text, flush=True)
-
-
-def finish(text: str) -> None:
-    """Print what came out, and let the processes part."""
-    say(text)
-    PartialState().destroy_process_group()

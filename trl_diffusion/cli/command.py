@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .parser import OptionParser
+from .parting import part
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Command:
         about: what it does, in a few sentences.
         example: options with which it makes sense.
         arguments: configurations whose fields are its options.
-        run: is given these, filled.
+        act: is given these, filled.
         without: fields that are no options, since they would change nothing.
     """
 
@@ -24,8 +25,13 @@ class Command:
     about: str
     example: str
     arguments: tuple[type, ...]
-    run: Callable[..., None]
+    act: Callable[..., None]
     without: tuple[str, ...] = ()
+
+    def run(self, *values: Any) -> None:
+        """Do it; the last that the processes do together."""
+        self.act(*values)
+        part()
 
     def parser(self) -> OptionParser:
         """Of its options."""

@@ -28,6 +28,8 @@ def harness(options: list[str]) -> int:
         return 0
     try:
         from lm_eval.__main__ import cli_evaluate
+
+        from .parting import part
     except ImportError as error:
         message = f"lm-evaluation-harness cannot be imported ({error}): pip install 'trl_diffusion[eval]'."
         print(f"trl-diffusion lm-eval: error: {message}", file=sys.stderr)
@@ -36,6 +38,7 @@ def harness(options: list[str]) -> int:
     sys.argv = ["lm_eval", *_with_our_model(options)]
     try:
         cli_evaluate()
+        part()
     except (ValueError, OSError) as error:  # of a user's values, which say what to do
         print(f"trl-diffusion lm-eval: error: {_with_the_nearest(str(error))}", file=sys.stderr)
         return 1

@@ -16,7 +16,6 @@ from .arguments import (
     OF_TRAINING_ALONE,
     DiffusionModelConfig,
     UsedModelConfig,
-    finish,
     load_datasets,
     load_rows,
     load_to_use,
@@ -80,7 +79,7 @@ def score(script_args: Any, model_args: Any, arguments: ScoreArguments) -> None:
     model, tokenizer = load_to_use(model_args, arguments.use_cpu)
     options = ("method", "order", "num_mc_samples", "cfg_scale", "max_length", "seed", "output_dir")
     found = likelihood(model, tokenizer, texts, **{name: getattr(arguments, name) for name in options})
-    finish(str(found))
+    say(str(found))
 
 
 def _read(name: str) -> str:

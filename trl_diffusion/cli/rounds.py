@@ -22,7 +22,7 @@ from ..trainers.vrpo.trainer import DiffusionVRPOTrainer
 from .answering import RewardedArguments, reward_function
 from .arguments import IGNORED, TrainedModelConfig, load_named, load_to_use, split_of
 from .command import Command
-from .training import train_and_save
+from .training import train
 
 # What finished rounds are compared by, besides what a trainer compares when it is resumed
 _DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split")
@@ -142,7 +142,7 @@ class Rounds:
         args.resume_from_checkpoint = any(not problem_of(path) for path in folder.glob("checkpoint-*"))
         args.push_to_hub = args.push_to_hub and number == self.arguments.num_rounds
         args.hub_model_id = args.hub_model_id or self.folder.name
-        train_and_save(DiffusionVRPOTrainer, script_args, args, self._policy(number - 1), DatasetMixtureConfig())
+        train(DiffusionVRPOTrainer, script_args, args, self._policy(number - 1), DatasetMixtureConfig())
         _forget_models()
 
     def _finish(self, number: int, **counts: int) -> None:
@@ -218,7 +218,6 @@ def run_rounds(script_args: Any, training_args: Any, model_args: Any, arguments:
     rounds = Rounds(script_args, training_args, model_args, arguments)
     rounds.run()
     rounds.report()
-    rounds.state.destroy_process_group()
 
 
 ITERATIVE_VRPO = Command(

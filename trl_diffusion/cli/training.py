@@ -19,12 +19,7 @@ _EXAMPLE = """\\
 
 
 def train(trainer_class: Any, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
-    """Train, save, and push to the hub if that was asked for; the last that the processes do together."""
-    train_and_save(trainer_class, script_args, training_args, model_args, dataset_args).end()
-
-
-def train_and_save(trainer_class: Any, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> Any:
-    """[`train`], after which more may follow; returns the trainer."""
+    """Train, save, and push to the hub if that was asked for."""
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         args=with_model_init_kwargs(training_args, model_args),
@@ -41,7 +36,6 @@ def train_and_save(trainer_class: Any, script_args: Any, training_args: Any, mod
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    return trainer
 
 
 def _command(name: str, about: str, config: type, trainer: type, example: dict[str, str]) -> Command:

@@ -1,0 +1,37 @@
+"""How the processes of a command part."""
+
+import hashlib
+import threading
+import time
+
+import pytest
+
+from trl_diffusion.cli.parting import TASKS, come_to_rest
+
+
+def worked_on(seconds):
+    """A thread that computes without Python's lock for about so long; a daemon, as the shutdown waits for others."""
+    data, end = bytes(2**20), time.monotonic() + seconds
+
+    def work():
+        while time.monotonic() < end:
+            hashlib.sha256(data).digest()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are seen on Linux alone")
+def test_a_process_rests_when_its_threads_do():
+    thread = worked_on(0.5)
+    come_to_rest()
+    assert not thread.is_alive()
+
+
+def test_the_wait_ends():
+    begun, thread = time.monotonic(), worked_on(1.5)
+    come_to_rest(timeout=0.2)
+    assert time.monotonic() - begun < 1.4
+    assert thread.is_alive() or not TASKS.exists()
+    thread.join()
