@@ -45,7 +45,7 @@ from trl_diffusion.estimators.levels import concentration
 from trl_diffusion.models.logits import hidden_states, logits_of
 
 ROOT = Path("runs/natural")
-LAWS = (1.0, 0.75, 0.5)
+LAWS = (1.0, None, 0.75, 0.5)  # None: by length, as by default
 COUNTS = (2, 4, 8)
 # Pairs of each set, and of how many the gradient is measured
 ANSWERS = {"edited": (12, 0), "other": (12, 0), "plain": (12, 6)}
@@ -56,11 +56,11 @@ STEP = 1e-3  # along the direction of the gradient
 LAYERS = re.compile(r"\.encoder\.|\.blocks\.")  # names of their parameters, of BERT and of LLaDA
 TOKENS_PER_FORWARD = 2048
 # Laws and control variates beside the default one: bandwidth and ridge; those of short responses under uniform levels
-GRID = [(0.75, ControlVariate(1.0, *settings)) for settings in product((0.25, 0.5, 1.0), (0.1, 0.3, 1.0))]
+GRID = [(None, ControlVariate(1.0, *settings)) for settings in product((0.25, 0.5, 1.0), (0.1, 0.3, 1.0))]
 GRID.append((1.0, ControlVariate(1.0, 0.25, 1.0)))
 KAPPAS = (0.75, 1.0, 1.25)
 # The default of long responses: at each of KAPPAS, and with the one that is learnt
-OF_KAPPA, LEARNT = "a=0.75, bandwidth=0.5, ridge=0.3, kappa=", "a=0.75, control, kappa learnt"
+OF_KAPPA, LEARNT = "by length, bandwidth=0.5, ridge=0.3, kappa=", "by length, control, kappa learnt"
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def read_off(tables: list[natural_tables.Table]) -> dict[str, dict[str, float]]:
     single = {name: sum(natural_tables.paper_variance(x, name) for x in tables) for name in names}
     cells = {f"fixed counts|{count}": {name: single[name] / count for name in names} for count in COUNTS}
 
-    def add(law: float, count: int, control: ControlVariate, labels: dict[str, float]) -> None:
+    def add(law: float | None, count: int, control: ControlVariate, labels: dict[str, float]) -> None:
         mass = natural_tables.masses(tables[0].edges, length, law)
         picked = natural_tables.pick(tables[0], mass, count, TWINS, torch.Generator().manual_seed(0))
         parts = [natural_tables.estimates(x, mass, picked, control) for x in tables]
@@ -159,11 +159,15 @@ def read_off(tables: list[natural_tables.Table]) -> dict[str, dict[str, float]]:
                 cells.setdefault(f"{label}, coupled|{count}", {})[name] = natural_tables.variance(coupled, kappa)
 
     for law, count in product(LAWS, COUNTS):
-        add(law, count, ControlVariate(), {f"a={law:g}": 0.0, f"a={law:g}, control": ControlVariate().kappa})
+        add(law, count, ControlVariate(), {_law(law): 0.0, f"{_law(law)}, control": ControlVariate().kappa})
     for (law, control), count in product(GRID, COUNTS[1:]):
-        label = f"a={law:g}, bandwidth={control.bandwidth:g}, ridge={control.ridge:g}"
+        label = f"{_law(law)}, bandwidth={control.bandwidth:g}, ridge={control.ridge:g}"
         add(law, count, control, {f"{label}, kappa={kappa:g}": kappa for kappa in KAPPAS})
     return cells
+
+
+def _law(a: float | None) -> str:
+    return "by length" if a is None else f"a={a:g}"
 
 
 def measure_pair(models: dict, pair, number: int, with_gradient: bool = False) -> dict:
@@ -275,8 +279,7 @@ def _what_was_measured(rows: list[dict]) -> str:
         overlap = sum(row["overlap"] for row in group) / len(group)
         with_gradient = sum("gradient" in row["cells"]["fixed counts|8"] for row in group)
         line = [kind, str(len(group)), str(with_gradient), f"{min(lengths)} to {max(lengths)}", f"{overlap:.2f}"]
-        defaults = sorted({concentration(length) for length in lengths})
-        line.append(" and ".join(f"{a:g}" for a in defaults))
+        line.append(f"{concentration(max(lengths)):.2f} to {concentration(min(lengths)):.2f}")
         for policy in natural_model.POLICIES:
             ratios = [row["log_ratios"][policy] for row in group if policy in row["log_ratios"]]
             line += [f"{sum(x) / len(ratios):+.1f}" for x in zip(*ratios, strict=True)] or ["", ""]

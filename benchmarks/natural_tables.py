@@ -68,7 +68,7 @@ def draw_units(responses: list[list[int]], generator: torch.Generator) -> tuple[
     return edges, [masked[:, :, b, :length].unflatten(0, shape[:2]) for b, length in enumerate(lengths.tolist())]
 
 
-def masses(edges: torch.Tensor, length: int, a: float) -> torch.Tensor:
+def masses(edges: torch.Tensor, length: int, a: float | None) -> torch.Tensor:
     """`(G,)` float64: the share of each bin under Beta(a, a), as [`draw_masks`] has it for `length` tokens."""
     likely = 1 / (length * importance(torch.arange(1, length + 1), length, a))
     passed = torch.cat([torch.zeros(1, dtype=torch.float64), likely.cumsum(0)])

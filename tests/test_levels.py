@@ -7,7 +7,7 @@ import torch
 
 from trl_diffusion import DiffusionSFTConfig, DiffusionVRPOConfig, ELBOKTOConfig, MaskSampler, draw_masks
 from trl_diffusion.estimators import levels
-from trl_diffusion.estimators.levels import draw_counts, importance
+from trl_diffusion.estimators.levels import concentration, draw_counts, importance
 from trl_diffusion.estimators.schemes import SCHEMES
 
 ROWS = 20_000
@@ -60,9 +60,17 @@ def test_rows_do_not_change_each_other():
         assert all(torch.equal(a.flatten(), b[:, row]) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize(
+    "total, a", [(1, 1), (29, 1), (30, 1), (60, 0.9), (120, 0.8), (169, 0.7506), (170, 0.75), (4000, 0.75)]
+)
+def test_the_law_goes_by_the_length(total, a):
+    """From uniform at thirty tokens, a tenth less for each doubling, to 0.75."""
+    assert concentration(total) == pytest.approx(a, abs=1e-4)
+
+
 @pytest.mark.parametrize("scheme", ["fixed_count", "mirror"])
 @pytest.mark.parametrize("control_variate", ["none", "leave_one_out"])
-@pytest.mark.parametrize("lengths", [(7, 29, 30, 300), (3, 8), (40, 90)], ids=["both laws", "uniform", "0.75"])
+@pytest.mark.parametrize("lengths", [(7, 29, 30, 300), (3, 8), (40, 200)], ids=["both", "uniform", "others"])
 def test_by_length_each_row_has_its_own_law_to_the_last_bit(scheme, control_variate, lengths):
     """Rows of unequal length in one batch against each alone, with the law of its length spelled out."""
     rows = torch.randint(5, 1000, (len(lengths), 300), generator=torch.Generator().manual_seed(0))
@@ -70,7 +78,7 @@ def test_by_length_each_row_has_its_own_law_to_the_last_bit(scheme, control_vari
     options = {"scheme": scheme, "stratify": True, "seed": 3, "control_variate": control_variate}
     together = draw_masks(maskable, 8, rows=rows, level_concentration=None, **options)
     for row, length in enumerate(lengths):
-        a = 1.0 if length < 30 else 0.75
+        a = concentration(length)
         alone = draw_masks(maskable[[row]], 8, rows=rows[[row]], level_concentration=a, **options)
         assert torch.equal(together.masked[:, [row]], alone.masked)
         assert torch.equal(together.weight[:, [row]], alone.weight)
@@ -80,6 +88,7 @@ def test_by_length_each_row_has_its_own_law_to_the_last_bit(scheme, control_vari
 def test_two_laws_in_one_batch_keep_the_law(monkeypatch, control_variate):
     """Coupled responses of three and five tokens, the second of which is a long one here: all subsets enumerated."""
     monkeypatch.setattr(levels, "LONG", 4)
+    monkeypatch.setattr(levels, "concentration", lambda total: 0.75 if total >= 4 else 1.0)
     lengths = torch.tensor([3, 5]).repeat_interleave(ROWS)
     rows = torch.cat(
         [torch.arange(ROWS).repeat(2).unsqueeze(1), torch.tensor([[7, 8, 9, 5, 6]]).expand(2 * ROWS, -1)], 1

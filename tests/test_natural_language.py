@@ -109,7 +109,8 @@ def test_a_pair_is_read_off_under_every_law(monkeypatch):
     monkeypatch.setattr(natural_tables, "UNITS", 12)  # of three bins, which is what five tokens have
     models = {"base": tiny_bert(0), "near": tiny_bert(1), "far": tiny_bert(2)}
     found = natural.measure_pair(models, (PROMPT, *RESPONSES), 0, with_gradient=True)
-    names = [f"a={law:g}{control}{coupled}" for law in natural.LAWS for control in ("", ", control")
+    laws = ("a=1", "by length", "a=0.75", "a=0.5")
+    names = [f"{law}{control}{coupled}" for law in laws for control in ("", ", control")
              for coupled in ("", ", coupled")]  # fmt: skip
     cells = found["cells"]
     assert {f"{name}|{k}" for name in (*names, "fixed counts") for k in natural.COUNTS} <= set(cells)
