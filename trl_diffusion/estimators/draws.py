@@ -186,8 +186,8 @@ def draw_masks(
             response's draws keep their distribution; the noise that two responses share leaves their difference.
         level_concentration: levels are drawn from Beta(a, a) with this a in (0, 1], and weighed for it, so that the
             mean is the same. 1 is uniform. Below it the ends of (0, 1) come more often and weigh less, which for long
-            responses is quieter; 0.5 is the arcsine law. None goes by the length of a response: 1 up to thirty tokens,
-            0.9 at sixty, 0.75 from 170 on. For schemes that draw a count.
+            responses is quieter; 0.5 is the arcsine law. None goes by the length of a response: 1 below thirty tokens,
+            0.9 there, and 0.05 less for each doubling, to 0.75. For schemes that draw a count.
         blocks: `(B, L)` int64, of a block diffusion model the number of each token's block, going up. Each block is
             then drawn for as a row of its own is, and one draw hides something of all of them.
 

@@ -28,13 +28,13 @@ LONG = 30  # tokens: from there on a response has the laws and control variates 
 
 def concentration(total: int) -> float:
     """
-    The a of a response of L' = `total` tokens: 1, uniform levels, up to thirty; a tenth less for each doubling of them;
-    and 0.75 from 170 on.
+    The a of a response of L' = `total` tokens: uniform levels for short ones; 0.9 at thirty tokens, 0.05 less for each
+    doubling of them, and 0.75 from 240 on.
 
     What a law saves grows like ln L', and what it costs at the middle levels does not depend on L': see
     docs/choosing-an-estimator.md for where the two meet on text.
     """
-    return min(max(1 - 0.1 * log2(total / LONG), 0.75), 1.0)
+    return max(0.9 - 0.05 * log2(total / LONG), 0.75) if is_long(total) else 1.0
 
 
 def is_long(total: Any) -> Any:

@@ -58,7 +58,7 @@ class ELBOArguments:
             "Below it, draws that mask few tokens or nearly all come more often and weigh less, so that the noise does "
             "not grow with the length of a response; 0.5 is the arcsine law. Unbiased, no cost. By default uniform "
             "for SFT and with the papers' schemes; with mirror pairs, where responses are compared, by the length of a "
-            "response: uniform up to 30 tokens, 0.9 at 60, 0.8 at 120, and 0.75 from 170 on."
+            "response: uniform below 30 tokens, 0.9 at 30, 0.85 at 60, 0.8 at 120, and 0.75 from 240 on."
         },
     )
     control_variate: str | None = field(
