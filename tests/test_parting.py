@@ -11,7 +11,7 @@ from trl_diffusion.cli.parting import TASKS, come_to_rest
 
 def worked_on(seconds):
     """A thread that computes without Python's lock for about so long; a daemon, as the shutdown waits for others."""
-    data, end = bytes(2**20), time.monotonic() + seconds
+    data, end = bytes(2**25), time.monotonic() + seconds
 
     def work():
         while time.monotonic() < end:

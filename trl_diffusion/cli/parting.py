@@ -25,12 +25,15 @@ def part() -> None:
 
 
 def come_to_rest(timeout: float = 10.0) -> None:
-    """Wait until no other thread of this process runs, at most so many seconds."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        time.sleep(0.01)  # without Python's lock: whoever waited for it has it, and runs
-        if not any(_runs(thread) for thread in TASKS.glob("*") if thread.name != str(threading.get_native_id())):
-            return
+    """
+    Wait until no other thread of this process runs, at most so many seconds.
+
+    They are looked at twice: one that waits for Python's lock just then does not run, but has it during the next sleep.
+    """
+    own, quiet, end = str(threading.get_native_id()), 0, time.monotonic() + timeout
+    while quiet < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+        quiet = 0 if any(_runs(thread) for thread in TASKS.glob("*") if thread.name != own) else quiet + 1
 
 
 def _runs(thread: Path) -> bool:
