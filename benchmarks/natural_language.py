@@ -40,7 +40,7 @@ from counters import machine
 from tqdm.auto import tqdm
 
 from trl_diffusion import ControlVariate
-from trl_diffusion.estimators.kappa import kappa_of_others
+from trl_diffusion.estimators.kappa import kappa_of_others, moments_of_kappa
 from trl_diffusion.estimators.levels import concentration
 from trl_diffusion.models.logits import hidden_states, logits_of
 
@@ -217,30 +217,25 @@ def learn_kappa(rows: list[dict]) -> None:
     """
     Put cells "... kappa learnt" into rows: the kappa that is best for the scores of the other pairs of a set together.
 
-    That is what a trainer learns from past steps. A gradient has the kappa of its policy's scores. Three values of
-    kappa say what the variance A - 2 kappa B + kappa^2 C is at any.
+    That is what a trainer learns from past steps. A gradient has the kappa of its policy's scores.
     """
     for kind, count, coupled in product({row["set"] for row in rows}, COUNTS[1:], ("", ", coupled")):
         group = [row["cells"] for row in rows if row["set"] == kind]
         names = [f"{OF_KAPPA}{kappa:g}{coupled}|{count}" for kappa in KAPPAS]
         quantities = list(group[0][names[0]])
         parts = {
-            quantity: _parts([[cells[n].get(quantity, 0.0) for n in names] for cells in group])
+            quantity: moments_of_kappa(
+                torch.tensor([[cells[n].get(quantity, 0.0) for n in names] for cells in group], dtype=torch.float64),
+                KAPPAS,
+            )
             for quantity in quantities
         }
-        for quantity, (a, b, c) in parts.items():
+        for quantity, (plain, covariance, square) in parts.items():
             _, *of_score = parts[quantity if quantity in natural_model.POLICIES else quantities[0]]
             kappa = kappa_of_others(*of_score)
-            for cells, value in zip(group, a - 2 * kappa * b + kappa.square() * c, strict=True):
+            for cells, value in zip(group, plain - 2 * kappa * covariance + kappa.square() * square, strict=True):
                 if quantity in cells[names[0]]:
                     cells.setdefault(f"{LEARNT}{coupled}|{count}", {})[quantity] = value.item()
-
-
-def _parts(variances: list[list[float]]) -> torch.Tensor:
-    """`(3, P)` A, B and C of the variances A - 2 kappa B + kappa^2 C of P pairs at each of KAPPAS."""
-    at = torch.tensor(KAPPAS, dtype=torch.float64)
-    design = torch.stack([torch.ones_like(at), -2 * at, at.square()], 1)
-    return torch.linalg.solve(design, torch.tensor(variances, dtype=torch.float64).T)
 
 
 def tables(rows: list[dict]) -> str:

@@ -5,7 +5,12 @@ import threading
 import time
 
 import pytest
+import torch
+from accelerate import PartialState
+from processes import run_forked
 
+from trl_diffusion.cli.command import Command
+from trl_diffusion.cli.harness import harness
 from trl_diffusion.cli.parting import TASKS, come_to_rest
 
 
@@ -35,3 +40,23 @@ def test_the_wait_ends():
     assert time.monotonic() - begun < 1.4
     assert thread.is_alive() or not TASKS.exists()
     thread.join()
+
+
+def act(state):
+    """What a command does, on two processes."""
+    assert torch.distributed.is_initialized() and state.num_processes == 2
+
+
+def leave(command):
+    state = PartialState(cpu=True)
+    assert torch.distributed.is_initialized()
+    assert not command(state) and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["ours", "the harness"])
+def test_every_command_ends_its_process_group(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: act(PartialState()))
+    commands = {"ours": Command("name", "", "", (), act).run, "the harness": lambda state: harness(["ls", "tasks"])}
+    assert run_forked(leave, commands[name], processes=2, folder=tmp_path) == [0, 0], (
+        tmp_path / "rank0.log"
+    ).read_text()

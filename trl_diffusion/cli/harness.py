@@ -28,12 +28,12 @@ def harness(options: list[str]) -> int:
         return 0
     try:
         from lm_eval.__main__ import cli_evaluate
-
-        from .parting import part
     except ImportError as error:
         message = f"lm-evaluation-harness cannot be imported ({error}): pip install 'trl_diffusion[eval]'."
         print(f"trl-diffusion lm-eval: error: {message}", file=sys.stderr)
         return 1
+    from .parting import part
+
     given = sys.argv
     sys.argv = ["lm_eval", *_with_our_model(options)]
     try:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..estimators.control_variate import ControlVariate
 from ..estimators.draws import MaskSampler
 from ..estimators.hashing import hash_rows
-from ..estimators.kappa import kappa_of_others
+from ..estimators.kappa import kappa_of_others, moments_of_kappa
 from ..estimators.variance import (
     Scored,
     fixed_count_repeats,
@@ -212,15 +212,12 @@ def with_learnt_kappa(variances: torch.Tensor) -> torch.Tensor:
     `(P,)` variances with the kappa that is best for the other pairs together, as one that is learnt from past steps is.
 
     Args:
-        variances: `(P, 3)` of estimates b - kappa h of P pairs at the kappas 0, 1 and 2, which say what
-            Var b - 2 kappa Cov(b, h) + kappa^2 Var h  is at any. Where kappa changes nothing, as for short responses,
-            they are all the same.
+        variances: `(P, 3)` of estimates b - kappa h of P pairs at the kappas 0, 1 and 2, which say what it is at any.
+            Where kappa changes nothing, as for short responses, they are all the same.
     """
-    at_0, at_1, at_2 = variances.unbind(1)
-    square = (at_0 - 2 * at_1 + at_2) / 2
-    covariance = (at_0 + square - at_1) / 2
+    plain, covariance, square = moments_of_kappa(variances, _KAPPAS["default"])
     kappa = kappa_of_others(covariance, square).nan_to_num(1.0)
-    return at_0 - 2 * kappa * covariance + kappa.square() * square
+    return plain - 2 * kappa * covariance + kappa.square() * square
 
 
 def _report(

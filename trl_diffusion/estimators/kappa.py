@@ -24,6 +24,22 @@ def kappa_of_others(covariance: torch.Tensor, square: torch.Tensor) -> torch.Ten
     return best.clamp(0, LARGEST_KAPPA)
 
 
+def moments_of_kappa(variances: torch.Tensor, kappas: tuple[float, float, float]) -> torch.Tensor:
+    """
+    `(3, P)` Var(b), Cov(b, h) and Var(h) of each of P pairs, from the variances of its estimates b - kappa h,
+    Var(b) - 2 kappa Cov(b, h) + kappa^2 Var(h), at three kappas. Where kappa changes nothing the last two are zero.
+
+    Args:
+        variances: `(P, 3)` float64.
+        kappas: what they are at, evenly spaced.
+    """
+    first, middle, last = variances.unbind(1)
+    low, high = kappas[0], kappas[2]
+    square = 2 * (first - 2 * middle + last) / (high - low) ** 2
+    covariance = ((high + low) * square - (last - first) / (high - low)) / 2
+    return torch.stack([first + 2 * low * covariance - low**2 * square, covariance, square])
+
+
 @dataclass
 class RunningKappa:
     """

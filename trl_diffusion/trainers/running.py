@@ -60,9 +60,8 @@ class RunningKappaCallback(TrainerCallback, ExportableState):
         return {"args": {"initial": self.kappa.initial}, "attributes": {"saved": asdict(self.kappa)}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (
-            args.control_variate is None
-        ):  # a run whose reference was stored until now, of which is warned, begins to learn
+        # By default a run whose reference was stored until now, of which is warned, begins to learn
+        if args.control_variate is None:
             state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         saved = saved_of(self, state, "running moments of the control variate", "control_variate='adaptive'")
         self.kappa = RunningKappa(**saved)
